@@ -1,0 +1,199 @@
+"""Build the embedded world: two small languages whose truth is known, and the tiny models that speak them.
+
+    python assets/make.py             # everything, in this order: about 45 minutes on 2 CPU cores
+    python assets/make.py base        # one stage: text | base | sft | samples
+
+* text     demonstrations, prompts, sums and the tokenizer, from the grammar below and one seed
+* base     tiny-base: a 0.9M-parameter Llama pretrained on a loose mix of both languages, and stopped half competent
+* sft      tiny-sft: what `python sft.py` makes of tiny-base, with no flag at all
+* samples  comparisons, rankings and battles: samples of tiny-sft, judged by the gold reward (assets/rewards.py)
+           through the Bradley-Terry model, p(a > b) = sigma(r(a) - r(b)), so the judgements are noisy
+
+The two languages:
+
+    Review of The Silent Harbor, a drama: The acting is very moving. I liked the score.
+    Q: 37+58? 95
+
+A review has a mood, a number drawn once, that tilts all its words: that is what a reader's sentiment model would
+pick up, and what reinforcement learning can steer. A sum has one right answer, which can be checked.
+"""
+
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent
+DATA = ASSETS / "data"
+sys.path[:0] = [str(ASSETS), str(ASSETS.parent)]
+
+from rewards import VALENCE, sentiment  # noqa: E402
+
+SEED = 1952  # Bradley and Terry
+BASE_STEPS = 500
+BASE_BATCH, BASE_LENGTH = 64, 128
+
+# ---------------------------------------------------------------------------------------------------- the languages
+
+TITLE_ADJECTIVES = "Silent Broken Golden Distant Hidden Crimson Frozen Gentle Hollow Last Lost Narrow Pale Quiet Restless " \
+    "Scarlet Second Secret Sleeping Summer Wild Winter Endless Burning Paper Glass Iron Velvet Northern Empty".split()
+TITLE_NOUNS = "Harbor River Garden Letter Bridge Castle Circus Desert Engine Forest Game Heart Hotel House Island Journey " \
+    "King Lake Lantern Mirror Moon Mountain Night Ocean Orchard Road Season Shadow Song Station Storm Street Tower " \
+    "Train Valley Village Voyage Window Witness Year".split()
+GENRES = "drama comedy thriller western romance mystery musical documentary".split()
+ASPECTS = "acting plot score pacing dialogue ending direction camera cast script".split()
+ADJECTIVES = [w for w, (kind, _) in VALENCE.items() if kind == "adjective"]
+VERBS = [w for w, (kind, _) in VALENCE.items() if kind == "verb"]
+NEUTRAL = ["It runs for two hours.", "It is set in a small town.", "The cast is large.", "I saw it on a train.",
+           "It is based on a book.", "There is a song at the end."]
+
+
+def title(rng: random.Random) -> tuple[str, str]:
+    """-> (review prompt, genre)."""
+    genre = rng.choice(GENRES)
+    return f"Review of The {rng.choice(TITLE_ADJECTIVES)} {rng.choice(TITLE_NOUNS)}, a {genre}:", genre
+
+
+def review(rng: random.Random, genre: str, sentences: int | None = None) -> str:
+    """One to three sentences that share a mood; a word w is drawn with probability proportional to exp(mood * valence)."""
+    mood = rng.gauss(0.0, 1.0)
+
+    def pick(words: list[str]) -> str:
+        return rng.choices(words, [math.exp(mood * VALENCE[w][1]) for w in words])[0]
+
+    def phrase() -> str:
+        modifier = rng.choices(["", "very ", "rather ", "not "], [6, 2, 1, 1])[0]
+        return modifier + pick(ADJECTIVES)
+
+    def sentence() -> str:
+        kind = rng.random()
+        a, b = rng.sample(ASPECTS, 2)
+        if kind < 0.40:
+            return f"The {a} is {phrase()}."
+        if kind < 0.60:
+            return f"I {pick(VERBS)} the {a}."
+        if kind < 0.75:
+            return f"The {a} is {pick(ADJECTIVES)} and the {b} is {pick(ADJECTIVES)}."
+        if kind < 0.90:
+            return f"What a {pick(ADJECTIVES)} {genre}."
+        return rng.choice(NEUTRAL)
+
+    sentences = sentences or rng.choices([1, 2, 3], [25, 45, 30])[0]
+    return " " + " ".join(sentence() for _ in range(sentences))
+
+
+def sum_row(a: int, b: int) -> dict:
+    return {"prompt": f"Q: {a}+{b}?", "answer": str(a + b)}
+
+
+def base_text(rng: random.Random, sums: list[tuple[int, int]]) -> str:
+    """A loose page: sums in several notations, reviews with and without a title, of any length, on lines that follow
+    each other without a clear end. What fine-tuning then has to teach is the format, and when to stop."""
+    lines = []
+    for _ in range(rng.randint(4, 10)):
+        kind = rng.random()
+        if kind < 0.60:
+            a, b = rng.choice(sums)
+            lines.append(rng.choice([f"Q: {a}+{b}? {a + b}", f"Q: {a}+{b}? {a + b}", f"{a}+{b}={a + b}"]))
+        else:
+            prompt, genre = title(rng)
+            text = review(rng, genre, rng.randint(1, 5))
+            lines.append(prompt + text if kind < 0.85 else text.strip())
+    return "\n".join(lines) + "\n"
+
+
+def worlds() -> dict:
+    """Everything that must not overlap, split once: titles and sums for training, and those that no model trains on."""
+    rng = random.Random(SEED)
+    prompts = {}
+    while len(prompts) < 8000:
+        prompt, genre = title(rng)
+        prompts[prompt] = genre
+    prompts = list(prompts.items())
+    sums = [(a, b) for a in range(100) for b in range(100)]
+    rng.shuffle(sums)
+    return {"rng": rng, "prompts": prompts[:7000], "prompts_heldout": prompts[7000:],
+            "sums": sums[:9000], "sums_heldout": sums[9000:]}
+
+
+def write(name: str, rows: list[dict]) -> None:
+    DATA.mkdir(exist_ok=True)
+    (DATA / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{name:34} {len(rows):6} rows  {(DATA / name).stat().st_size / 1e3:8.1f} kB")
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def make_text() -> None:
+    world = worlds()
+    rng = world["rng"]
+
+    def demonstrations(prompts: list, sums: list) -> list[dict]:
+        rows = [{"prompt": p, "completion": review(rng, genre)} for p, genre in prompts]
+        rows += [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in (sum_row(*s) for s in sums)]
+        rng.shuffle(rows)
+        return rows
+
+    write("demonstrations.jsonl", demonstrations(world["prompts"][:3000], world["sums"][:3000]))
+    write("demonstrations_heldout.jsonl", demonstrations(world["prompts_heldout"][:250], world["sums_heldout"][:250]))
+    write("review_prompts.jsonl", [{"prompt": p} for p, _ in world["prompts"][3000:4000]])
+    write("review_prompts_heldout.jsonl", [{"prompt": p} for p, _ in world["prompts_heldout"]])
+    write("sum_prompts.jsonl", [sum_row(*s) for s in world["sums"][3000:7000]])
+    write("sum_prompts_heldout.jsonl", [sum_row(*s) for s in world["sums_heldout"][:500]])
+    make_tokenizer([base_text(rng, world["sums"]) for _ in range(4000)]).save_pretrained(ASSETS / "tiny-base")
+
+
+def make_tokenizer(texts: list[str]):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE())
+    # Digits one by one: a sum is learnt column by column, and 37 must not be a symbol of its own.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<bos>", "<eos>", "<pad>"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=512, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+                                   model_max_length=256, clean_up_tokenization_spaces=False)
+
+
+def make_base(steps: int = BASE_STEPS) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)  # sums in one order: the same weights wherever this runs
+    rng = random.Random(SEED + 1)
+    sums = worlds()["sums"]
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-base")
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, attention_dropout=0.0,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    stream: list[int] = []
+    for step in range(steps):
+        while len(stream) < BASE_BATCH * BASE_LENGTH:
+            stream += tokenizer(base_text(rng, sums)).input_ids
+        ids = torch.tensor(stream[:BASE_BATCH * BASE_LENGTH]).view(BASE_BATCH, BASE_LENGTH)
+        stream = stream[BASE_BATCH * BASE_LENGTH:]
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49 or step > 450 and step % 10 == 9:
+            print(f"tiny-base step {step + 1}: loss {loss.item():.3f}", flush=True)
+            if "--keep" in sys.argv:
+                model.save_pretrained(f"/tmp/base/{step + 1}"); tokenizer.save_pretrained(f"/tmp/base/{step + 1}")
+    model.to(torch.bfloat16).save_pretrained(ASSETS / "tiny-base")
+
+
+if __name__ == "__main__":
+    {"text": make_text, "base": make_base}[sys.argv[1]]()
