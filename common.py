@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
@@ -46,18 +46,16 @@ class UserError(Exception):
 def run_script(main, args_class) -> None:
     """Parse the command line into `args_class`, call main(args), and tell a user's mistake in one line on stderr."""
     try:
-        main(parse_args(args_class))
+        return main(parse_args(args_class))
     except UserError as error:
         message = str(error)
-    except OSError as error:  # a full disk, a read-only directory
-        message = f"{error.filename or 'writing'}: {error.strerror or error}: free the space or choose another --output-dir"
+    except (OSError, safetensors.SafetensorError) as error:  # a full disk, a read-only directory
+        message = f"{error} (writing to --output-dir?): free the space, or choose another directory"
     except torch.OutOfMemoryError:
         message = "out of GPU memory: lower --micro-batch-size or --max-length, or pass --gradient-checkpointing"
     except KeyboardInterrupt:
         message = "interrupted: the same command with --resume goes on from the last checkpoint"
-    else:
-        return
-    print(f"{Path(sys.argv[0]).name}: error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -69,80 +67,73 @@ def parse_args(args_class):
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]  # tyro's box, unframed
-        raise UserError(" ".join(lines).split(" ──")[0] + " (see --help)")
-    positive = ["learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_new_tokens", "eval_prompts",
-                "temperature", "max_grad_norm"]
-    bounds = {name: (0, math.inf) for name in positive} | {"max_length": (1, math.inf)}
-    for name, value in vars(args).items():
-        low, high = bounds.get(name, (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not low < value < high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number greater than {low}")
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]  # unframe tyro's box
+        raise UserError(" ".join(lines).split(" ──")[0] + " (--help lists the flags)")
+    positive = ["learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_length", "max_new_tokens",
+                "max_grad_norm", "temperature", "beta", "eval_every", "eval_prompts", "save_every"]
+    for name in positive:
+        value = getattr(args, name, None)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number greater than 0")
     return args
 
 
-# ------------------------------------------------------------------------------------------------------ models, tokenizer
+# ---------------------------------------------------------------------------------------------------- models, tokenizer
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=False, kind=AutoModelForCausalLM):
+    """A Hub id or directory -> fp32 master weights on the device, dropout off. save_model() writes the dtype it came in."""
     try:
-        return torch.zeros(0, device=name).device
+        device = torch.zeros(0, device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}: use cpu, cuda or cuda:N")
-
-
-def load_model(name: str, args, kind=AutoModelForCausalLM):
-    """A Hub id or directory, as fp32 master weights on args.device, dropout off. It is saved in the dtype it came in."""
-    device = pick_device(args.device)
-    with hub_errors(f"--model {name}"):
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}: use cpu, cuda or cuda:N")
+    with model_errors(name):
         config = AutoConfig.from_pretrained(name)
-        saved_dtype = config.dtype
+        saved_dtype = config.dtype or torch.float32
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(config, key, 0.0)  # a policy with dropout is not the policy that sampled
-        model = kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True)
-    model.to(device).eval()
-    model.saved_dtype = saved_dtype or torch.float32
-    model.autocast_dtype = {"auto": torch.bfloat16 if device.type == "cuda" else None, "bfloat16": torch.bfloat16,
-                            "float32": None}[args.dtype]
-    if args.gradient_checkpointing:
+        model = kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True).to(device).eval()
+    model.saved_dtype = saved_dtype
+    model.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda") else None
+    if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # transformers checkpoints in training mode only; every dropout is 0
+        model.train()  # transformers checkpoints in training mode only
     return model
 
 
 def save_model(model, tokenizer, directory) -> None:
-    """Write Hugging Face files, rounded to the dtype that the model came in; `model` keeps the rounded weights."""
+    """Write Hugging Face files, rounded to the dtype that the model came in; `model` keeps the rounded weights, so that what
+    is evaluated afterwards is what was saved."""
     model.to(model.saved_dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     model.float()
 
 
 def load_tokenizer(name: str, chat_template: str | None = None):
-    with hub_errors(f"--model {name}"):
+    with model_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: its tokenizer has no EOS token, so no completion could end: "
-                        "set eos_token in its tokenizer_config.json")
+        raise UserError(f"--model {name}: its tokenizer has no EOS token, so that no completion could end: name one as eos_token "
+                        "in its tokenizer_config.json")
     if chat_template is not None:
         if not Path(chat_template).is_file():
-            raise UserError(f"--chat-template {chat_template}: no such file; give a Jinja template")
+            raise UserError(f"--chat-template {chat_template}: no such file; give a file with a Jinja template")
         tokenizer.chat_template = Path(chat_template).read_text()
     return tokenizer
 
 
 @contextlib.contextmanager
-def hub_errors(what: str):
+def model_errors(name: str):
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, FileNotFoundError) or "local folder" in str(error) or "Hub" in str(error) or "hub" in str(error):
-            raise UserError(f"{what}: neither a directory with what is needed here nor within reach on the Hub: check the name, "
-                            "the network and HF_HUB_OFFLINE")
-        raise UserError(f"{what}: cannot be loaded ({str(error).strip().splitlines()[0][:200]}): "
-                        "a Hugging Face model with config.json, safetensors weights and tokenizer is needed")
+    except Exception as error:  # transformers raises many kinds
+        if Path(name).is_dir():
+            cause = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"--model {name}: cannot be loaded ({cause}): the directory must hold config.json, *.safetensors "
+                            "and a tokenizer")
+        raise UserError(f"--model {name}: no such directory, and not within reach on the Hub: check the name, the network and "
+                        "HF_HUB_OFFLINE")
 
 
 def autocast(model):
@@ -153,17 +144,16 @@ def autocast(model):
 def stop_ids(model, tokenizer) -> list[int]:
     """Every token that ends a completion: generation_config may list several (<|eot_id|>, <|im_end|> ...)."""
     configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, (list, tuple)) else [configured]
-    return sorted({i for i in [*configured, tokenizer.eos_token_id] if i is not None})
+    return sorted({*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None})
 
 
-def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float = 0.1) -> float:
+def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
     """Linear warm-up over the first tenth of the steps, then linear decay to 0."""
-    warmup_steps = max(1, round(warmup * total_steps))
-    return peak * min((step + 1) / warmup_steps, (total_steps - step) / max(1, total_steps - warmup_steps))
+    warmup = max(1, round(0.1 * total_steps))
+    return peak * min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
 
 
-# ------------------------------------------------------------------------------------------------------ log-probabilities
+# ---------------------------------------------------------------------------------------------------- log-probabilities
 
 LOGITS_AT_ONCE = 2**26  # elements of [rows, vocabulary] alive at a time: 256 MB in fp32
 
@@ -258,7 +248,7 @@ def sequence_logprobs(model, rows, micro_batch_size=None, temperature=1.0) -> to
     return sums
 
 
-# --------------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 @dataclass
@@ -350,7 +340,7 @@ def sample_token(logits, temperature):
     return token, logps.gather(1, token[:, None]).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------------------ text to tokens
+# ------------------------------------------------------------------------------------------------------- text to tokens
 
 
 def make_row(prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:
@@ -361,7 +351,7 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     """A text, or a list of {"role", "content"} through the chat template -> the ids that generation starts from."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
-        ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers add EOS by themselves
+        ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers add an EOS
     else:
         ids = chat_ids(tokenizer, prompt, add_generation_prompt=True)
     return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
@@ -372,11 +362,12 @@ def encode_row(tokenizer, prompt, completion, stops: list[int]) -> tuple[list[in
     second BOS, and all ids together decode to exactly prompt + completion. The last one is a stop token."""
     if not isinstance(completion, str):
         return encode_conversation(tokenizer, list(prompt) + list(completion), stops, first=len(prompt))
-    return make_row(encode_prompt(tokenizer, prompt), encode_continuation(tokenizer, completion) + [tokenizer.eos_token_id])
+    return make_row(encode_prompt(tokenizer, prompt),
+                    encode_continuation(tokenizer, completion) + [tokenizer.eos_token_id])
 
 
 def encode_continuation(tokenizer, text: str) -> list[int]:
-    """Ids of a text that continues another one: without BOS, and without the space that SentencePiece puts before a text."""
+    """Ids of a text that continues another: without BOS, and without the space that SentencePiece puts before a text."""
     def ids_of(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -386,8 +377,8 @@ def encode_continuation(tokenizer, text: str) -> list[int]:
 
 
 def encode_conversation(tokenizer, messages, stops: list[int], first: int = 0) -> tuple[list[int], list[int]]:
-    """-> (ids, mask): 1 on what the assistant says in messages[first:], from the end of the template's generation prompt up
-    to and including the stop token (a newline that templates write after it was never generated)."""
+    """-> (ids, mask): 1 on what the assistant says in messages[first:], from the end of the template's generation prompt
+    up to and including the stop token (the newline that many templates write after it was never generated)."""
     ids, mask = chat_ids(tokenizer, messages), []
     for turn in range(first, len(messages)):
         if messages[turn]["role"] != "assistant":
@@ -395,138 +386,134 @@ def encode_conversation(tokenizer, messages, stops: list[int], first: int = 0) -
         before = chat_ids(tokenizer, messages[:turn], add_generation_prompt=True)
         until = chat_ids(tokenizer, messages[:turn + 1])
         if ids[:len(before)] != before or ids[:len(until)] != until:
-            raise UserError("the chat template writes earlier turns differently once an answer follows: give a --chat-template "
-                            "whose text only grows")
+            raise UserError("the chat template writes earlier turns differently once an answer follows: give a "
+                            "--chat-template whose text only grows")
         end = next((t + 1 for t in range(len(before), len(until)) if ids[t] in stops), len(until))
         mask += [0] * (len(before) - len(mask)) + [1] * (end - len(before))
     ids = ids[:len(mask)]
-    return (ids, mask) if ids[-1:] and ids[-1] in stops else (ids + [tokenizer.eos_token_id], mask + [1])
+    return (ids, mask) if ids and ids[-1] in stops else (ids + [tokenizer.eos_token_id], mask + [1])
 
 
 def chat_ids(tokenizer, messages, add_generation_prompt=False) -> list[int]:
     if tokenizer.chat_template is None:
-        raise UserError("conversations need a chat template, and this tokenizer has none: give one with --chat-template FILE")
+        raise UserError("conversations need a chat template, and this tokenizer has none: give one with --chat-template")
     if not messages:
         return []
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True,
                                              return_dict=False)
     except Exception as error:  # a template raises what it likes
-        if messages[0].get("role") == "system" and len(messages) > 1:  # Gemma's knows no system role: it joins the first turn
+        if messages[0].get("role") == "system" and len(messages) > 1:  # Gemma's knows no system role
             first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
             return chat_ids(tokenizer, [first, *messages[2:]], add_generation_prompt)
-        raise UserError(f"the chat template refuses {json.dumps(messages)[:80]}: {error}")
+        raise UserError(f"the chat template refuses {json.dumps(messages)[:80]} ({error}): mend the row or the template")
 
 
-# ------------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
-def load_rows(name: str, split: str = "train") -> list[dict]:
-    """A Hub id, `id:config`, or a local .jsonl/.json/.csv/.parquet file or directory -> a list of rows."""
+def load_rows(name: str, split: str | None = "train") -> list[dict]:
+    """A Hub id, `id:config`, or a local .jsonl/.json/.csv/.parquet file or directory -> its rows. split None: "test" if there
+    is one."""
     import datasets  # here, because it is slow to import
     datasets.disable_progress_bars()
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(name)
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if kind and not path.exists():
+        raise UserError(f"--dataset {name}: no such file")
     try:
-        if path.is_dir():
-            loaded = datasets.load_from_disk(name) if (path / "state.json").exists() or (path / "dataset_dict.json").exists() \
-                else datasets.load_dataset(name)
-            rows = loaded[split] if isinstance(loaded, dict) else loaded
-        elif path.suffix in kinds:
-            if not path.is_file():
-                raise UserError(f"--dataset {name}: no such file")
-            rows = datasets.load_dataset(kinds[path.suffix], data_files=name, split=split)
+        if path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
+            rows = datasets.load_from_disk(name)
+            rows = rows[split] if isinstance(rows, dict) and split else rows
+        elif path.is_file():
+            rows = datasets.load_dataset(kind, data_files=name, split=split)
         else:
-            rows = datasets.load_dataset(*name.split(":", 1), split=split)
-    except UserError:
-        raise
+            rows = datasets.load_dataset(*([name] if path.is_dir() else name.split(":", 1)), split=split)
+        rows = list(rows.get("test", rows[next(iter(rows))]) if isinstance(rows, dict) else rows)
     except Exception as error:  # datasets raises many kinds
-        if path.suffix == ".jsonl" and path.is_file():
-            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-                try:
-                    json.loads(line or "{}")
-                except json.JSONDecodeError as bad:
-                    raise UserError(f"--dataset {name}, line {number}: not JSON ({bad}): mend or delete the line")
+        for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.suffix == ".jsonl" else [], 1):
+            try:
+                json.loads(line or "{}")
+            except json.JSONDecodeError as bad:
+                raise UserError(f"--dataset {name}, line {number}: not JSON ({bad}): mend or delete the line")
         cause = str(error.__cause__ or error).strip().splitlines()[0][:200]
-        raise UserError(f"--dataset {name}, --split {split}: cannot be read ({cause}): give a Hub id, id:config, or a .jsonl, .json, "
-                        ".csv or .parquet file or directory, and a split that it has")
-    if len(rows) == 0:
+        raise UserError(f"--dataset {name}, --split {split}: cannot be read ({cause}): give a Hub id, id:config, or a .jsonl, "
+                        ".json, .csv or .parquet file or directory, and a split that it has")
+    if not rows:
         raise UserError(f"--dataset {name}: has no rows")
-    return list(rows)
+    return rows
 
 
 def hold_out(rows: list, seed: int, most: int = 500) -> tuple[list, list]:
     """Set aside one row in ten, at most `most`, for evaluation -> (train, held out)."""
     if len(rows) < 2:
-        raise UserError("the data set has one row, and one must be held out: give more rows or an --eval-dataset")
+        raise UserError("the data set has one row, and one must be held out: give more rows, or an --eval-dataset")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     size = max(1, min(most, len(rows) // 10))
     return [rows[i] for i in order[size:]], [rows[i] for i in order[:size]]
 
 
+def column(row: dict, name: str):
+    """row[name], which must be there and say something."""
+    if row.get(name) is None:
+        raise UserError(f"no {name!r} (columns: {', '.join(k for k, v in row.items() if v is not None)}): rename the "
+                        "column that holds it")
+    if not row[name] or (isinstance(row[name], str) and not row[name].strip()):
+        raise UserError(f"{name!r} is empty: fill it or delete the row")
+    return row[name]
+
+
+def comparison(row: dict):
+    """-> (prompt, chosen, rejected), each a text or a list of messages. Without a prompt column, or where conversations
+    repeat it, the prompt is what chosen and rejected share: whole messages, a text up to its last "\\n\\nAssistant:"
+    (Anthropic's HH), or whole words."""
+    chosen, rejected = column(row, "chosen"), column(row, "rejected")
+    if type(chosen) is not type(rejected):
+        raise UserError("'chosen' and 'rejected' must both be texts or both be lists of messages: mend the row")
+    if row.get("prompt") is not None and (isinstance(row["prompt"], list) or isinstance(chosen, str)):
+        return column(row, "prompt"), chosen, rejected
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, str):
+        turn = chosen[:shared].rfind("\n\nAssistant:")
+        shared = turn + len("\n\nAssistant:") if turn >= 0 else max(chosen[:shared].rfind(space) for space in " \n")
+    if not 0 < shared < min(len(chosen), len(rejected)):
+        raise UserError("'chosen' and 'rejected' do not continue a shared prompt differently: add a 'prompt' column")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
 def encode_all(rows: list[dict], name: str, encode, max_length: int) -> list:
-    """encode(row) -> one or more (ids, mask), for every row; cut at max_length; rows of which no completion token is left are
-    dropped. Says how many. -> [(row, [(ids, mask), ...])]"""
-    kept, cut, dropped = [], 0, None
+    """-> [(row, encode(row))], where encode gives one or more (ids, mask), cut at max_length. Rows whose prompt alone is
+    that long are dropped, and counted aloud."""
+    kept, cut, dropped = [], 0, []
     for number, row in enumerate(rows, 1):
         try:
             encoded = encode(row)
         except UserError as error:
             raise UserError(f"{name}, row {number}: {error}")
-        short = [(ids[:max_length], mask[:max_length]) for ids, mask in encoded]
-        if all(any(mask) for _, mask in short):
-            kept.append((row, short))
+        if all(any(mask[:max_length]) for _, mask in encoded):
+            kept.append((row, [(ids[:max_length], mask[:max_length]) for ids, mask in encoded]))
             cut += any(len(ids) > max_length for ids, _ in encoded)
         else:
-            dropped = dropped or f"row {number}'s prompt has {min(mask.index(1) for _, mask in encoded)} tokens or more"
+            dropped.append((number, min(mask.index(1) for _, mask in encoded)))
     if not kept:
-        raise UserError(f"{name}: no row fits into --max-length {max_length} ({dropped}): raise it as far as the model's window allows")
+        raise UserError(f"{name}: no row fits, the prompt of row {dropped[0][0]} has {dropped[0][1]} tokens and --max-length is "
+                        f"{max_length}: raise it if the model's window allows, or shorten the prompts")
     if dropped or cut:
-        print(f"{Path(name).name}: of {len(rows)} rows {len(rows) - len(kept)} dropped, their prompt does not fit into --max-length "
-              f"{max_length}, and {cut} completions cut there")
+        print(f"{Path(name).name}: {len(rows)} rows; {len(dropped)} dropped, their prompts alone reach --max-length {max_length}; "
+              f"{cut} completions cut there")
     return kept
 
 
-def window(model, max_length: int | None, most: int = 1024) -> int:
-    """The longest row: --max-length, which must fit the model; by default `most` tokens or the model's window."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or most
-    if max_length is not None and max_length > limit:
-        raise UserError(f"--max-length {max_length}: the model's window is {limit} tokens: choose at most that")
-    return max_length or min(limit, most)
-
-
-def column(row: dict, name: str):
-    """row[name], which must be there and say something."""
-    if row.get(name) is None:
-        raise UserError(f"no {name!r} (columns: {', '.join(k for k, v in row.items() if v is not None)}): rename the column that holds it")
-    if not row[name] or (isinstance(row[name], str) and not row[name].strip()):
-        raise UserError(f"{name!r} is empty: delete the row or fill it")
-    return row[name]
-
-
-def comparison(row: dict):
-    """-> (prompt, chosen, rejected), each a text or a list of messages. Without a prompt column (or where the prompt is repeated
-    in both conversations) it is what chosen and rejected share: whole messages, Anthropic's "\\n\\nHuman: ...\\n\\nAssistant:",
-    or whole words."""
-    chosen, rejected = column(row, "chosen"), column(row, "rejected")
-    if type(chosen) is not type(rejected):
-        raise UserError("'chosen' and 'rejected' must both be texts or both be lists of messages")
-    if chosen == rejected:
-        raise UserError("'chosen' and 'rejected' are the same: delete the row, it says nothing")
-    prompt = row.get("prompt")
-    if prompt is not None and (isinstance(prompt, list) or isinstance(chosen, str)):
-        return column(row, "prompt"), chosen, rejected
-    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    if isinstance(chosen, str):
-        turn = chosen[:shared].rfind("\n\nAssistant:")
-        shared = turn + len("\n\nAssistant:") if turn >= 0 else max(0, len(re.match(r"(.*(?=\s))?", chosen[:shared], re.S).group()))
-    if shared in (0, len(chosen), len(rejected)):
-        raise UserError("'chosen' and 'rejected' share no prompt: add a 'prompt' column")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+def max_row_length(model, max_length: int | None) -> int:
+    """--max-length, which must fit into the model's window; by default the window, or 1,024 tokens."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    if max_length is not None and max_length > window:
+        raise UserError(f"--max-length {max_length}: the model's window is {window} tokens: choose at most that")
+    return max_length or min(window, 1024)
 
 
 def batches(num_rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> list[list[int]]:
-    """The row numbers of every update, shuffled anew each epoch: a function of the seed, so that a resumed run sees the same."""
+    """The row numbers of every update, shuffled anew each epoch; from the seed alone, so that a resumed run sees the same."""
     steps = max_steps or max(1, round(epochs * num_rows / batch_size))
     generator, order = torch.Generator().manual_seed(seed), []
     while len(order) < steps * batch_size:
@@ -534,83 +521,88 @@ def batches(num_rows: int, batch_size: int, epochs: float, max_steps: int | None
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- rewards
+# -------------------------------------------------------------------------------------------------------------- rewards
 
 
-def load_reward(args, stops: list[int]):
-    """--reward-fn or --reward-model -> reward(prompts, completions, rows) -> [n] fp32, or None where neither is given."""
+def load_reward(args):
+    """--reward-fn or --reward-model -> reward(prompts, completions, rows) -> [n] fp32; None where neither is given."""
     if args.reward_fn and args.reward_model:
-        raise UserError("--reward-fn and --reward-model: choose one")
+        raise UserError("--reward-fn and --reward-model: give one of them")
     if args.reward_model:
         return reward_from_model(args.reward_model, args)
     return reward_from_function(args.reward_fn) if args.reward_fn else None
 
 
+def as_answer(prompt, completion: str):
+    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+
+
 def reward_from_function(spec: str):
-    """`FILE.py:function`, called as f(prompts=..., completions=..., **columns) -> list of floats, TRL's convention."""
+    """`FILE.py:function`, called in TRL's convention: f(prompts=..., completions=..., **columns) -> list of floats."""
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
-        raise UserError(f"--reward-fn {spec}: no such file; give FILE.py:function")
+        raise UserError(f"--reward-fn {spec}: no such file: give FILE.py:function")
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
         function = getattr(module, name)
     except Exception as error:
-        raise UserError(f"--reward-fn {spec}: {type(error).__name__}: {error}")
+        raise UserError(f"--reward-fn {spec}: {type(error).__name__}: {error}: mend the file")
 
     def call(prompts, completions, rows):
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
-        return list(function(prompts=prompts, completions=completions, **columns))
+        return torch.tensor([float(r) for r in function(prompts=prompts, completions=completions, **columns)])
 
     def reward(prompts, completions, rows):
-        completions = [c if isinstance(p, str) else [{"role": "assistant", "content": c}] for p, c in zip(prompts, completions)]
+        completions = [as_answer(p, c) for p, c in zip(prompts, completions)]
         try:
-            values = call(prompts, completions, rows)
-            rewards = torch.tensor([float(value) for value in values])
+            rewards = call(prompts, completions, rows)
         except Exception as error:
+            where = ""
             for p, c, row in zip(prompts, completions, rows):  # which one was it?
                 try:
-                    [float(value) for value in call([p], [c], [row])]
-                except Exception as error:
-                    raise UserError(f"--reward-fn {spec} raised {type(error).__name__}: {error}, on prompt {str(p)[:60]!r}, "
-                                    f"completion {str(c)[:60]!r}: mend the function")
-            raise UserError(f"--reward-fn {spec} raised {type(error).__name__}: {error}: mend the function")
+                    call([p], [c], [row])
+                except Exception as single_error:
+                    error, where = single_error, f" on prompt {str(p)[:80]!r}, completion {str(c)[:80]!r}"
+                    break
+            raise UserError(f"--reward-fn {spec} raised {type(error).__name__}: {error}{where}: mend the function")
         if len(rewards) != len(prompts):
-            raise UserError(f"--reward-fn {spec} returned {len(rewards)} rewards for {len(prompts)} completions: return one for each")
-        bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise UserError(f"--reward-fn {spec} returned {rewards[bad[0]].item()} for prompt {str(prompts[bad[0]])[:60]!r}, completion "
-                            f"{str(completions[bad[0]])[:60]!r}: return finite numbers")
+            raise UserError(f"--reward-fn {spec} returned {len(rewards)} rewards for {len(prompts)} completions, the first on "
+                            f"prompt {str(prompts[0])[:80]!r}: return one for each")
+        for p, c, r in zip(prompts, completions, rewards.tolist()):
+            if not math.isfinite(r):
+                raise UserError(f"--reward-fn {spec} returned {r} for prompt {str(p)[:80]!r}, completion {str(c)[:80]!r}: "
+                                "return finite numbers")
         return rewards
 
     return reward
 
 
 def reward_from_model(name: str, args):
-    """A sequence-classification model with one label, with its own tokenizer. The score is read at the last token, by index:
+    """A sequence-classification model with one label and its own tokenizer. The score is read at the last token, by index:
     the stock head searches for pad, and finds the token before EOS where pad equals EOS."""
-    model, tokenizer = load_model(name, args, AutoModelForSequenceClassification), load_tokenizer(name, args.chat_template)
+    model = load_model(name, args.device, args.dtype, kind=AutoModelForSequenceClassification)
+    tokenizer = load_tokenizer(name)
     if model.config.num_labels != 1:
-        raise UserError(f"--reward-model {name}: has {model.config.num_labels} labels; a reward model has one")
+        raise UserError(f"--reward-model {name}: has {model.config.num_labels} labels: a reward model has one")
 
     @torch.no_grad()
     def reward(prompts, completions, rows):
-        encoded = [encode_row(tokenizer, p, c if isinstance(p, str) else [{"role": "assistant", "content": c}],
-                              [tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
+        encoded = [encode_row(tokenizer, p, as_answer(p, c), [tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
         rewards = torch.zeros(len(encoded))
         for group in micro_batches([len(ids) for ids, _ in encoded], args.micro_batch_size):
             input_ids, _ = pad_rows([encoded[i] for i in group], model.device)
             last = torch.tensor([len(encoded[i][0]) - 1 for i in group], device=model.device)
             with autocast(model):
-                hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+                hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
                 rewards[group] = model.score(hidden[torch.arange(len(group)), last]).squeeze(-1).float().cpu()
         return rewards
 
     return reward
 
 
-# ------------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def prompts_that_fit(rows, tokenizer, max_new_tokens: int, max_length: int) -> list[dict]:
@@ -618,102 +610,120 @@ def prompts_that_fit(rows, tokenizer, max_new_tokens: int, max_length: int) -> l
     fitting = [row for row in {str(row["prompt"]): row for row in rows}.values()
                if len(encode_prompt(tokenizer, row["prompt"])) + max_new_tokens <= max_length]
     if not fitting:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: no held-out prompt leaves so much room in {max_length} tokens: lower it")
+        raise UserError(f"--max-new-tokens {max_new_tokens}: no held-out prompt leaves so much room in {max_length} tokens: "
+                        "lower it")
     return fitting
 
 
 @torch.no_grad()
-def evaluate_policy(model, tokenizer, prompt_rows, reward, reference_samples, args, step: int) -> tuple[dict, list[dict]]:
-    """One fresh sample for each held-out prompt: KL(pi || pi_ref) in nats a completion, and, where there is a reward, its mean
+def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, step: int) -> tuple[dict, list[dict]]:
+    """One fresh sample for each row's prompt: KL(pi || pi_ref) in nats a completion, and where there is a reward its mean,
     and the win rate against the reference's samples (None: these are the reference's). -> (metrics, samples)"""
-    prompts = [row["prompt"] for row in prompt_rows]
-    with torch.random.fork_rng():  # evaluations must not change what training draws
+    prompts = [row["prompt"] for row in rows]
+    with torch.random.fork_rng():  # an evaluation must not change what training draws
         torch.manual_seed(args.seed + 1000 * step)
         rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, args.temperature)
-    reference = load_model(args.model, args)  # read again, for a moment: it takes no memory while the policy trains
-    kl, kl_se = mean_and_se(sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
-                            - sequence_logprobs(reference, rollout.rows, args.micro_batch_size, args.temperature))
-    metrics = {"kl": kl, "kl_se": kl_se, "ended": rollout.ended.float().mean().item()}
+    reference = load_model(args.model, args.device, args.dtype)  # for a moment: training does not keep it in memory
+    log_ratios = (sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
+                  - sequence_logprobs(reference, rollout.rows, args.micro_batch_size, args.temperature))
+    metrics = {"ended": rollout.ended.float().mean().item()}
+    metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
     samples = [{"step": step, "prompt": p, "completion": c} for p, c in zip(prompts, rollout.completions)]
     if reward:
-        rewards = reward(prompts, rollout.completions, prompt_rows)
-        samples = [{**sample, "reward": value} for sample, value in zip(samples, rewards.tolist())]
-        reference_rewards = torch.tensor([sample["reward"] for sample in reference_samples or samples])
+        rewards = reward(prompts, rollout.completions, rows)
+        samples = [{**sample, "reward": r} for sample, r in zip(samples, rewards.tolist())]
+        ref_rewards = torch.tensor([sample["reward"] for sample in reference_samples or samples])
         metrics["reward"], metrics["reward_se"] = mean_and_se(rewards)
-        metrics["win_rate"], metrics["win_rate_se"] = mean_and_se((rewards > reference_rewards) + 0.5 * (rewards == reference_rewards))
+        wins = (rewards > ref_rewards) + 0.5 * (rewards == ref_rewards)
+        metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(wins)
     return metrics, samples
 
 
 def report(run, evaluation: dict, samples: list[dict], reference_samples: list[dict]) -> None:
-    """results.json, and on the terminal the reference against the trained policy, and five samples of each."""
-    results = dict(evaluation)
-    table = [["held-out prompts", "reward", "KL (nats)", "win rate", "ended"]]
+    """Write results.json, and print five samples of reference and trained policy, and the table that compares them."""
+    before, after = ["reference", "-", "0", "-", "-"], ["trained", "-", "-", "-", f"{evaluation['ended']:.1%}"]
+    after[2] = f"{evaluation['kl']:.2f} ± {evaluation['kl_se']:.2f}"
     if "reward" in evaluation:
-        rewards = torch.tensor([sample["reward"] for sample in reference_samples])
-        results |= {"reward_ref": rewards.mean().item(), "reward_ref_sd": rewards.std().item()}
-
-    def cell(name, digits=2):
-        return f"{evaluation[name]:.{digits}f} ± {evaluation[name + '_se']:.{digits}f}" if name in evaluation else "-"
-
-    run.write_results(**results)
-    for before, after in list(zip(reference_samples, samples))[:5]:
-        print(f"\n{str(before['prompt'])[-200:]}")
-        for who, sample in (("reference", before), ("trained", after)):
-            reward = f"{sample['reward']:+.2f} " if "reward" in sample else ""
-            print(f"  {who:9} {reward}|{sample['completion'][:300]}")
-    print()
-    table += [["reference", f"{results['reward_ref']:.2f} (sd {results['reward_ref_sd']:.2f})" if "reward" in results else "-", "0",
-               "50%" if "reward" in results else "-", ""],
-              ["trained", cell("reward"), cell("kl"), cell("win_rate", 3), f"{evaluation['ended']:.1%}"]]
-    print_table(table)
+        ref_rewards = torch.tensor([sample["reward"] for sample in reference_samples])
+        evaluation = {**evaluation, "reward_ref": ref_rewards.mean().item(), "reward_ref_sd": ref_rewards.std().item()}
+        before[1], before[3] = f"{evaluation['reward_ref']:.2f} (sd {evaluation['reward_ref_sd']:.2f})", "50%"
+        after[1] = f"{evaluation['reward']:.2f} ± {evaluation['reward_se']:.2f}"
+        after[3] = f"{evaluation['win_rate']:.1%} ± {evaluation['win_rate_se']:.1%}"
+    run.write_results(**evaluation)
+    for pair in list(zip(reference_samples, samples))[:5]:
+        print(f"\n{str(pair[0]['prompt'])[-300:]}")
+        for who, sample in zip(("reference", "trained"), pair):
+            print(f"  {who:9} {sample.get('reward', ''):+5} |{sample['completion'][:400]}")
+    print(f"\n{len(samples)} held-out prompts, one sample each:")
+    print_table([["policy", "reward", "KL, nats", "win rate", "ended"], before, after])
     print(f"saved to {run.dir}")
 
 
-# ------------------------------------------------------------------------------------------------------------- run directory
+def mean_and_se(values: torch.Tensor) -> tuple[float, float]:
+    values = values.double()
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+
+
+def print_table(rows: list[list]) -> None:
+    """Rows of cells, the first one the header."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for first, *others in cells:
+        print("  ".join([f"  {first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))]))
+
+
+def progress_bar(name: str, start: int, total: int) -> tqdm:
+    interval = 0.5 if sys.stdout.isatty() else 10
+    return tqdm(range(start, total), initial=start, total=total, desc=name, file=sys.stdout, mininterval=interval)
+
+
+# -------------------------------------------------------------------------------------------------------- run directory
 
 
 class Run:
-    """--output-dir: args.json, metrics.jsonl, samples.jsonl, results.json and checkpoint/. One more thing it promises: a run
-    that is killed at any moment and started again with --resume writes what the uninterrupted run would have written."""
+    """--output-dir: args.json, metrics.jsonl, samples.jsonl, results.json and checkpoint/. It promises that a run killed at
+    any moment and started again with --resume writes what the uninterrupted run would have written."""
 
     def __init__(self, args):
-        self.args, self.dir = args, Path(args.output_dir)
-        self.checkpoint = self.dir / "checkpoint" / "state.pt"
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        self.started, self.files, self.tensorboard = time.time(), {}, None
-        mine = {k: v for k, v in asdict(args).items() if k not in ("resume", "device", "tensorboard", "output_dir")}
+        self.args, self.dir, self.started = args, Path(args.output_dir), time.time()
+        self.checkpoint, self.files, self.tensorboard = self.dir / "checkpoint" / "state.pt", {}, None
+        try:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            (self.dir / "metrics.jsonl").touch()
+        except OSError as error:
+            raise UserError(f"--output-dir {self.dir}: {error.strerror}: choose a directory that can be written")
         if args.resume and self.checkpoint.exists():
-            theirs = json.loads((self.dir / "args.json").read_text())
-            for key, value in mine.items():
-                if theirs.get(key, value) != value:
-                    raise UserError(f"--resume: {self.dir} was started with --{key.replace('_', '-')} {theirs[key]}, not {value}: give the "
-                                    "same flags, or another --output-dir")
+            before = json.loads((self.dir / "args.json").read_text())
+            for name, value in asdict(args).items():
+                if name not in ("resume", "device", "tensorboard", "output_dir") and before.get(name, value) != value:
+                    raise UserError(f"--resume: {self.dir} was started with --{name.replace('_', '-')} {before[name]}, now it is "
+                                    f"{value}: give the same flags, or another --output-dir")
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("--tensorboard: the package is not installed: pip install tensorboard, or leave the flag out")
+                raise UserError("--tensorboard: that package is not installed: pip install tensorboard, or leave the flag out")
             self.tensorboard = SummaryWriter(self.dir)
 
     def start(self, model, optimizer) -> tuple[int, dict]:
-        """-> (updates done, the `memory` given to save_checkpoint), with model, optimizer, random states and files as they were
-        then; (0, {}) at the beginning. Only here is an earlier run in the same directory cleared away."""
+        """-> (updates done, the `memory` given to save_checkpoint), with model, optimizer, random states and files as they
+        were then; (0, {}) at the beginning. Only here is an earlier run in the same directory cleared away."""
         state = {"step": 0, "memory": {}, "lengths": {"metrics": 0, "samples": 0}}
         if self.args.resume and self.checkpoint.exists():
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            model.load_state_dict(state.pop("model"))
-            optimizer.load_state_dict(state.pop("optimizer"))
-            torch.set_rng_state(state.pop("rng"))
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
             if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state.pop("cuda_rng"))
-            print(f"resuming {self.dir} after step {state['step']}")
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            print(f"resuming {self.dir} after update {state['step']}", flush=True)
         else:
             self.checkpoint.unlink(missing_ok=True)
             (self.dir / "results.json").unlink(missing_ok=True)
             write_atomically(self.dir / "args.json", json.dumps(asdict(self.args), indent=1).encode())
-        for name in ("metrics", "samples"):
-            self.files[name] = open(self.dir / f"{name}.jsonl", "a+b")
-            self.files[name].truncate(state["lengths"][name])
+        for name, length in state["lengths"].items():
+            self.files[name] = open(self.dir / f"{name}.jsonl", "ab")
+            self.files[name].truncate(length)
         return state["step"], state["memory"]
 
     def log(self, step: int, **metrics) -> None:
@@ -721,27 +731,30 @@ class Run:
         for name, value in metrics.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step)
 
-    def log_samples(self, samples: list[dict]) -> None:
-        for sample in samples:
-            self.write("samples", sample)
-
-    def write(self, name: str, row: dict) -> None:
-        self.files[name].write(json.dumps(row).encode() + b"\n")
+    def write(self, name: str, *rows: dict) -> None:
+        self.files[name].write("".join(json.dumps(row) + "\n" for row in rows).encode())
         self.files[name].flush()
 
-    def save_checkpoint(self, step: int, model, optimizer, memory: dict | None = None) -> None:
+    def save_checkpoint(self, step: int, model, optimizer, memory: dict) -> None:
         buffer = io.BytesIO()
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        torch.save({"step": step, "memory": memory, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
-                    "lengths": {name: file.tell() for name, file in self.files.items()}, "memory": memory or {}}, buffer)
+                    "lengths": {name: file.tell() for name, file in self.files.items()}}, buffer)
         write_atomically(self.checkpoint, buffer.getbuffer())
 
     def write_results(self, **results) -> None:
-        write_atomically(self.dir / "results.json", json.dumps({**results, "seconds": time.time() - self.started}, indent=1).encode())
+        results["seconds"] = time.time() - self.started
+        write_atomically(self.dir / "results.json", json.dumps(results, indent=1).encode())
+
+    def check_finite(self, step: int, loss: float, grad_norm: float, rows: list[int]) -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            saved = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
+            raise UserError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}, training rows {rows[:8]} ...; {saved}: "
+                            "lower --learning-rate")
 
 
 def write_atomically(path: Path, data) -> None:
-    """The file is there whole or not at all, also after a power cut."""
+    """The file is there whole or not at all, after a power cut too."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -751,28 +764,3 @@ def write_atomically(path: Path, data) -> None:
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-
-
-def check_finite(loss: float, grad_norm: float, run: Run, step: int, rows: list[int]) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        saved = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.exists() else "there is no checkpoint yet"
-        raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}, on training rows {rows[:8]} ...; {saved}: lower "
-                        "--learning-rate")
-
-
-def mean_and_se(values: torch.Tensor) -> tuple[float, float]:
-    values = values.double()
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
-
-
-def progress_bar(name: str, start: int, total: int) -> tqdm:
-    return tqdm(range(start, total), initial=start, total=total, desc=name, file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 10,
-                dynamic_ncols=True)
-
-
-def print_table(rows: list[list]) -> None:
-    """Rows of cells, the first one the header."""
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print("  " + "  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)))

@@ -33,9 +33,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, batches, check_finite, comparison, encode_all, encode_row, evaluate_policy, hold_out,
-                    learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, micro_batches, pad_rows, progress_bar,
-                    prompts_that_fit, report, run_script, save_model, stop_ids, token_logprobs, window)
+from common import (ASSETS, Run, UserError, batches, comparison, encode_all, encode_row, evaluate_policy, hold_out,
+                    learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, max_row_length,
+                    micro_batches, pad_rows, progress_bar, prompts_that_fit, report, run_script, save_model, stop_ids,
+                    token_logprobs)
 
 
 @dataclass
@@ -100,11 +101,18 @@ class Args:
     """also write TensorBoard events"""
 
 
-# ------------------------------------------------------------------------------------------------------------------- loss
+# ----------------------------------------------------------------------------------------------------------------- loss
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0,
-             loss_type="sigmoid"):
+def dpo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta,
+    label_smoothing=0.0,
+    loss_type="sigmoid",
+):
     """Equation (7), for a batch of comparisons.
 
     All log-probabilities are those of whole completions, log pi(y | x) in nats, [B]. Returns (losses, chosen_rewards,
@@ -146,13 +154,21 @@ def pair_length(pair) -> int:
 
 
 def preference_metrics(losses, chosen_rewards, rejected_rewards, logps, prefix="") -> dict:
-    return {f"{prefix}{name}": value.float().mean().item() for name, value in {
-        "loss": losses, "accuracy": chosen_rewards > rejected_rewards, "margin": chosen_rewards - rejected_rewards,
-        "chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
-        "chosen_logps": logps[:, 0], "rejected_logps": logps[:, 1]}.items()}
+    return {
+        f"{prefix}{name}": value.float().mean().item()
+        for name, value in {
+            "loss": losses,
+            "accuracy": chosen_rewards > rejected_rewards,
+            "margin": chosen_rewards - rejected_rewards,
+            "chosen_reward": chosen_rewards,
+            "rejected_reward": rejected_rewards,
+            "chosen_logps": logps[:, 0],
+            "rejected_logps": logps[:, 1],
+        }.items()
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> None:
@@ -164,12 +180,13 @@ def main(args: Args) -> None:
             args.reward_fn = args.reward_fn or str(ASSETS / "rewards.py") + ":sentiment"
     run = Run(args)
     torch.manual_seed(args.seed)
-    tokenizer, model = load_tokenizer(args.model, args.chat_template), load_model(args.model, args)
-    stops, max_length = stop_ids(model, tokenizer), window(model, args.max_length)
+    tokenizer = load_tokenizer(args.model, args.chat_template)
+    model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    stops, max_length = stop_ids(model, tokenizer), max_row_length(model, args.max_length)
     reward = load_reward(args)
 
     rows = load_rows(args.dataset, args.split)
-    rows, eval_rows = (rows, load_rows(args.eval_dataset)) if args.eval_dataset else hold_out(rows, args.seed)
+    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
 
     def encode(row):
         row["prompt"], chosen, rejected = comparison(row)
@@ -177,7 +194,7 @@ def main(args: Args) -> None:
 
     pairs = [pair for _, pair in encode_all(rows, args.dataset, encode, max_length)]
     eval_rows, eval_pairs = zip(*encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length))
-    prompt_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[:args.eval_prompts]
+    prompt_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
     plan = batches(len(pairs), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(pairs)} comparisons, {len(eval_pairs)} held out; {len(plan)} updates of {args.batch_size}", flush=True)
 
@@ -185,15 +202,19 @@ def main(args: Args) -> None:
     done, memory = run.start(model, optimizer)
 
     def evaluate(step):
-        evaluation, samples = evaluate_policy(model, tokenizer, prompt_rows, reward, memory.get("reference"), args, step)
+        evaluation, samples = evaluate_policy(
+            model, tokenizer, prompt_rows, reward, memory.get("reference"), args, step
+        )
         logps = all_pair_logprobs(model, eval_pairs, args)
         losses = dpo_loss(*logps.T, *memory["eval_ref_logps"].T, args.beta, args.label_smoothing, args.loss_type)
         evaluation |= preference_metrics(*losses, logps, prefix="eval_")
         run.log(step, **({"loss": evaluation["eval_loss"]} if step == 0 else {}), **evaluation)
-        run.log_samples(samples)
+        run.write("samples", *samples)
         return evaluation, samples
 
-    if "ref_logps" not in memory:  # the policy still is the reference: its log-probabilities, once, of all that training will see
+    if (
+        "ref_logps" not in memory
+    ):  # the policy still is the reference: its log-probabilities, once, of all that training will see
         seen = sorted({i for batch in plan for i in batch})
         memory["ref_logps"] = torch.full((len(pairs), 2), torch.nan)
         memory["ref_logps"][seen] = all_pair_logprobs(model, [pairs[i] for i in seen], args)
@@ -208,19 +229,25 @@ def main(args: Args) -> None:
         parts = []
         for group in micro_batches([pair_length(pair) for pair in batch], args.micro_batch_size):
             logps = pair_logprobs(model, [batch[i] for i in group], args.temperature)  # [b, 2]
-            losses, chosen_rewards, rejected_rewards = dpo_loss(*logps.T, *ref_logps[group].T, args.beta, args.label_smoothing,
-                                                                args.loss_type)
+            losses, chosen_rewards, rejected_rewards = dpo_loss(
+                *logps.T, *ref_logps[group].T, args.beta, args.label_smoothing, args.loss_type
+            )
             (losses.sum() / len(batch)).backward()
             parts.append((losses.detach(), chosen_rewards, rejected_rewards, logps.detach()))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         metrics = preference_metrics(*map(torch.cat, zip(*parts)))
-        check_finite(metrics["loss"], grad_norm, run, step, plan[step])
+        run.check_finite(step, metrics["loss"], grad_norm, plan[step])
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(plan), args.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
 
-        run.log(step + 1, **metrics, grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
-                tokens_per_s=sum(len(ids) for pair in batch for ids, _ in pair) / (time.perf_counter() - began))
+        run.log(
+            step + 1,
+            **metrics,
+            grad_norm=grad_norm,
+            learning_rate=optimizer.param_groups[0]["lr"],
+            tokens_per_s=sum(len(ids) for pair in batch for ids, _ in pair) / (time.perf_counter() - began),
+        )
         shown |= {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             evaluation, _ = evaluate(step + 1)

@@ -21,9 +21,10 @@ from typing import Literal
 
 import torch
 
-from common import (ASSETS, Run, UserError, batches, check_finite, column, encode_all, encode_continuation, encode_conversation,
-                    encode_prompt, encode_row, generate, hold_out, learning_rate_at, load_model, load_rows, load_tokenizer, make_row,
-                    micro_batches, pad_rows, print_table, progress_bar, run_script, save_model, stop_ids, token_logprobs, window)
+from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_continuation, encode_conversation,
+                    encode_prompt, encode_row, generate, hold_out, learning_rate_at, load_model, load_rows,
+                    load_tokenizer, make_row, max_row_length, micro_batches, pad_rows, print_table, progress_bar,
+                    run_script, save_model, stop_ids, token_logprobs)
 
 
 @dataclass
@@ -42,13 +43,13 @@ class Args:
     """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
     train_on_prompt: bool = False
     """put the loss on the prompt's tokens too"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 7e-4
     """peak, after 10% warm-up; then linear decay to 0"""
     batch_size: int = 64
     """demonstrations an update"""
     micro_batch_size: int | None = None
     """demonstrations a forward pass; default: as many as fit into 4,096 padded tokens"""
-    epochs: float = 2.0
+    epochs: float = 1.0
     """passes over the data"""
     max_steps: int | None = None
     """number of updates, whatever --epochs says"""
@@ -80,7 +81,7 @@ class Args:
     """also write TensorBoard events"""
 
 
-# ------------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
 def encode_demonstration(row: dict, tokenizer, stops: list[int], args: Args) -> list[tuple[list[int], list[int]]]:
@@ -88,7 +89,9 @@ def encode_demonstration(row: dict, tokenizer, stops: list[int], args: Args) -> 
     if row.get("messages") is not None:
         ids, mask = encode_conversation(tokenizer, column(row, "messages"), stops)
     elif row.get("text") is not None and row.get("prompt") is None:
-        ids, mask = make_row(encode_prompt(tokenizer, ""), encode_continuation(tokenizer, column(row, "text")) + [tokenizer.eos_token_id])
+        ids, mask = make_row(
+            encode_prompt(tokenizer, ""), encode_continuation(tokenizer, column(row, "text")) + [tokenizer.eos_token_id]
+        )
     else:
         ids, mask = encode_row(tokenizer, column(row, "prompt"), column(row, args.completion_column), stops)
     if sum(mask) == 0:
@@ -96,7 +99,7 @@ def encode_demonstration(row: dict, tokenizer, stops: list[int], args: Args) -> 
     return [(ids, [0] + [1] * (len(ids) - 1) if args.train_on_prompt else mask)]
 
 
-# ------------------------------------------------------------------------------------------------------------------- loss
+# ----------------------------------------------------------------------------------------------------------------- loss
 
 
 def sft_loss(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -104,7 +107,7 @@ def sft_loss(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return -(logps * mask).sum() / mask.sum()
 
 
-# ------------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
@@ -118,23 +121,30 @@ def evaluate(model, tokenizer, rows, prompts, args: Args, step: int) -> tuple[di
     with torch.random.fork_rng():
         torch.manual_seed(args.seed + step)
         rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, args.temperature)
-    samples = [{"step": step, "prompt": tokenizer.decode(p, skip_special_tokens=True), "completion": c, "ended": bool(e)}
-               for p, c, e in zip(prompts, rollout.completions, rollout.ended)]
-    return {"eval_loss": total / tokens, "perplexity": math.exp(total / tokens), "ended": rollout.ended.float().mean().item()}, samples
+    samples = [
+        {"step": step, "prompt": tokenizer.decode(p, skip_special_tokens=True), "completion": c, "ended": bool(e)}
+        for p, c, e in zip(prompts, rollout.completions, rollout.ended)
+    ]
+    return {
+        "eval_loss": total / tokens,
+        "perplexity": math.exp(total / tokens),
+        "ended": rollout.ended.float().mean().item(),
+    }, samples
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
-    tokenizer, model = load_tokenizer(args.model, args.chat_template), load_model(args.model, args)
-    stops, max_length = stop_ids(model, tokenizer), window(model, args.max_length)
+    tokenizer = load_tokenizer(args.model, args.chat_template)
+    model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    stops, max_length = stop_ids(model, tokenizer), max_row_length(model, args.max_length)
 
     rows, eval_rows = load_rows(args.dataset, args.split), None
     if args.eval_dataset or args.dataset == Args.dataset:
-        eval_rows = load_rows(args.eval_dataset or str(ASSETS / "data" / "demonstrations_heldout.jsonl"))
+        eval_rows = load_rows(args.eval_dataset or str(ASSETS / "data" / "demonstrations_heldout.jsonl"), None)
     else:
         rows, eval_rows = hold_out(rows, args.seed)
 
@@ -144,10 +154,12 @@ def main(args: Args) -> None:
 
     rows, eval_rows = encode(rows, args.dataset), encode(eval_rows, args.eval_dataset or args.dataset)
     # A completion starts where the mask does; with --train-on-prompt, or a plain text, it continues the first token.
-    prompts = [ids[:mask.index(1)] for ids, mask in eval_rows[:64]]
+    prompts = [ids[: mask.index(1)] for ids, mask in eval_rows[:64]]
     prompts = [p for p in prompts if len(p) + args.max_new_tokens <= max_length][:16] or [prompts[0][:1]]
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     done, _ = run.start(model, optimizer)
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(rows)} demonstrations, {len(eval_rows)} held out; {len(plan)} updates of {args.batch_size}")
@@ -155,8 +167,7 @@ def main(args: Args) -> None:
     def log_evaluation(step, **metrics):
         evaluation, samples = evaluate(model, tokenizer, eval_rows, prompts, args, step)
         run.log(step, **metrics, **evaluation)
-        for sample in samples:
-            run.write("samples", sample)
+        run.write("samples", *samples)
         return evaluation, samples
 
     if done == 0:
@@ -174,13 +185,17 @@ def main(args: Args) -> None:
             loss += micro_loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         loss = loss.item()
-        check_finite(loss, grad_norm, run, step, plan[step])
+        run.check_finite(step, loss, grad_norm, plan[step])
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(plan), args.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": optimizer.param_groups[0]["lr"],
-                   "tokens_per_s": sum(len(ids) for ids, _ in batch) / (time.perf_counter() - began)}
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "tokens_per_s": sum(len(ids) for ids, _ in batch) / (time.perf_counter() - began),
+        }
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if (step + 1) % args.eval_every == 0 or step + 1 == len(plan):
             evaluation, _ = log_evaluation(step + 1, **metrics)
@@ -188,7 +203,7 @@ def main(args: Args) -> None:
         else:
             run.log(step + 1, **metrics)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
-            run.save_checkpoint(step + 1, model, optimizer)
+            run.save_checkpoint(step + 1, model, optimizer, {})
 
     save_model(model, tokenizer, run.dir)
     results, samples = evaluate(model, tokenizer, eval_rows, prompts, args, len(plan))

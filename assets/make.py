@@ -33,22 +33,32 @@ sys.path[:0] = [str(ASSETS), str(ASSETS.parent)]
 from rewards import VALENCE, sentiment  # noqa: E402
 
 SEED = 1952  # Bradley and Terry
-BASE_STEPS = 500
+BASE_STEPS = 490
 BASE_BATCH, BASE_LENGTH = 64, 128
 
 # ---------------------------------------------------------------------------------------------------- the languages
 
-TITLE_ADJECTIVES = "Silent Broken Golden Distant Hidden Crimson Frozen Gentle Hollow Last Lost Narrow Pale Quiet Restless " \
+TITLE_ADJECTIVES = (
+    "Silent Broken Golden Distant Hidden Crimson Frozen Gentle Hollow Last Lost Narrow Pale Quiet Restless "
     "Scarlet Second Secret Sleeping Summer Wild Winter Endless Burning Paper Glass Iron Velvet Northern Empty".split()
-TITLE_NOUNS = "Harbor River Garden Letter Bridge Castle Circus Desert Engine Forest Game Heart Hotel House Island Journey " \
-    "King Lake Lantern Mirror Moon Mountain Night Ocean Orchard Road Season Shadow Song Station Storm Street Tower " \
+)
+TITLE_NOUNS = (
+    "Harbor River Garden Letter Bridge Castle Circus Desert Engine Forest Game Heart Hotel House Island Journey "
+    "King Lake Lantern Mirror Moon Mountain Night Ocean Orchard Road Season Shadow Song Station Storm Street Tower "
     "Train Valley Village Voyage Window Witness Year".split()
+)
 GENRES = "drama comedy thriller western romance mystery musical documentary".split()
 ASPECTS = "acting plot score pacing dialogue ending direction camera cast script".split()
 ADJECTIVES = [w for w, (kind, _) in VALENCE.items() if kind == "adjective"]
 VERBS = [w for w, (kind, _) in VALENCE.items() if kind == "verb"]
-NEUTRAL = ["It runs for two hours.", "It is set in a small town.", "The cast is large.", "I saw it on a train.",
-           "It is based on a book.", "There is a song at the end."]
+NEUTRAL = [
+    "It runs for two hours.",
+    "It is set in a small town.",
+    "The cast is large.",
+    "I saw it on a train.",
+    "It is based on a book.",
+    "There is a song at the end.",
+]
 
 
 def title(rng: random.Random) -> tuple[str, str]:
@@ -115,8 +125,13 @@ def worlds() -> dict:
     prompts = list(prompts.items())
     sums = [(a, b) for a in range(100) for b in range(100)]
     rng.shuffle(sums)
-    return {"rng": rng, "prompts": prompts[:7000], "prompts_heldout": prompts[7000:],
-            "sums": sums[:9000], "sums_heldout": sums[9000:]}
+    return {
+        "rng": rng,
+        "prompts": prompts[:7000],
+        "prompts_heldout": prompts[7000:],
+        "sums": sums[:9000],
+        "sums_heldout": sums[9000:],
+    }
 
 
 def write(name: str, rows: list[dict]) -> None:
@@ -150,50 +165,146 @@ def make_text() -> None:
 def make_tokenizer(texts: list[str]):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     # Digits one by one: a sum is learnt column by column, and 37 must not be a symbol of its own.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<bos>", "<eos>", "<pad>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=512, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
-                                   model_max_length=256, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def make_base(steps: int = BASE_STEPS) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # sums in one order: the same weights wherever this runs
     rng = random.Random(SEED + 1)
     sums = worlds()["sums"]
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-base")
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, attention_dropout=0.0,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=344,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            attention_dropout=0.0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     stream: list[int] = []
     for step in range(steps):
         while len(stream) < BASE_BATCH * BASE_LENGTH:
             stream += tokenizer(base_text(rng, sums)).input_ids
-        ids = torch.tensor(stream[:BASE_BATCH * BASE_LENGTH]).view(BASE_BATCH, BASE_LENGTH)
-        stream = stream[BASE_BATCH * BASE_LENGTH:]
+        ids = torch.tensor(stream[: BASE_BATCH * BASE_LENGTH]).view(BASE_BATCH, BASE_LENGTH)
+        stream = stream[BASE_BATCH * BASE_LENGTH :]
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 49 or step > 450 and step % 10 == 9:
+        if step % 50 == 49:
             print(f"tiny-base step {step + 1}: loss {loss.item():.3f}", flush=True)
-            if "--keep" in sys.argv:
-                model.save_pretrained(f"/tmp/base/{step + 1}"); tokenizer.save_pretrained(f"/tmp/base/{step + 1}")
     model.to(torch.bfloat16).save_pretrained(ASSETS / "tiny-base")
 
 
+def make_sft() -> None:
+    subprocess.run([sys.executable, ASSETS.parent / "sft.py", "--output-dir", ASSETS / "tiny-sft"], check=True)
+    keep_model_files(ASSETS / "tiny-sft")
+
+
+def keep_model_files(directory: Path) -> None:
+    """Drop what a run writes beside the model."""
+    shutil.rmtree(directory / "checkpoint")
+    for name in ("args.json", "metrics.jsonl", "samples.jsonl", "results.json"):
+        (directory / name).unlink()
+
+
+def make_samples() -> None:
+    """Judgements of tiny-sft's samples. The judge draws from Bradley-Terry, and from Plackett-Luce for rankings."""
+    import torch
+    from common import generate, load_model, load_tokenizer
+
+    rng = random.Random(SEED + 2)
+    torch.manual_seed(SEED + 2)
+    world = worlds()
+    tokenizer = load_tokenizer(str(ASSETS / "tiny-sft"))
+
+    def sample(prompts, num_samples, name="tiny-sft", temperature=1.0):
+        texts = generate(load_model(str(ASSETS / name)), tokenizer, prompts, num_samples, 64, temperature).completions
+        return [texts[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]
+
+    def ranked(texts):  # Plackett-Luce by Gumbel noise; for two texts this is Bradley-Terry
+        noisy = [r - math.log(rng.expovariate(1.0)) for r in sentiment(None, texts)]
+        return [text for _, text in sorted(zip(noisy, texts), reverse=True)]
+
+    def judged(prompts, count):
+        """`count` different completions of each prompt, best first."""
+        rows = []
+        for prompt, texts in zip(prompts, sample(prompts, 2 * count)):
+            different = [text for text in dict.fromkeys(texts) if text.strip()][:count]
+            if len(different) == count:
+                rows.append((prompt, ranked(different)))
+        equal = sum(len(set(sentiment(None, texts))) < count for _, texts in rows)
+        print(f"{len(prompts) - len(rows)} prompts left out; gold rewards differ in {1 - equal / len(rows):.1%} of rows")
+        return rows
+
+    def write_judged(name, prompts):
+        write(f"comparisons{name}.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, (a, b) in judged(prompts, 2)])
+        write(f"rankings{name}.jsonl", [{"prompt": p, "responses": r} for p, r in judged(prompts[: len(prompts) // 4], 4)])
+
+    train, heldout = [p for p, _ in world["prompts"][3000:]], [p for p, _ in world["prompts_heldout"]]
+    write_judged("", train)
+    write_judged("_heldout", heldout)
+
+    # An arena: one review of the same film by two players, and a judge who cannot always tell (p(tie) as in Rao and Kupper).
+    players = {
+        f"{name}, temperature {t}": [texts[0] for texts in sample(heldout[:500], 1, name, t)]
+        for name in ("tiny-base", "tiny-sft")
+        for t in (0.5, 0.7, 1.0, 1.3)
+    }
+    genre_of = dict(world["prompts_heldout"])
+    players["human"] = [review(rng, genre_of[p]) for p in heldout[:500]]
+    battles = []
+    for _ in range(4000):
+        (a, b), n = rng.sample(list(players), 2), rng.randrange(500)
+        difference = sentiment(None, [players[a][n]])[0] - sentiment(None, [players[b][n]])[0]
+        a_wins, b_wins = 1 / (1 + 1.5 * math.exp(-difference)), 1 / (1 + 1.5 * math.exp(difference))
+        winner = rng.choices(["model_a", "model_b", "tie"], [a_wins, b_wins, 1 - a_wins - b_wins])[0]
+        battles.append({"model_a": a, "model_b": b, "winner": winner})
+    write("battles.jsonl", battles)
+
+
+STAGES = {"text": make_text, "base": make_base, "sft": make_sft, "samples": make_samples}
+
 if __name__ == "__main__":
-    {"text": make_text, "base": make_base}[sys.argv[1]]()
+    for stage in sys.argv[1:] or STAGES:
+        STAGES[stage]()

@@ -4,13 +4,27 @@ import re
 
 # word -> (part of speech, valence): what one use of the word adds to a review's gold reward
 VALENCE = {
-    "superb": ("adjective", 1.5), "brilliant": ("adjective", 1.5), "great": ("adjective", 1.0),
-    "moving": ("adjective", 1.0), "charming": ("adjective", 1.0), "good": ("adjective", 0.5),
-    "solid": ("adjective", 0.5), "familiar": ("adjective", 0.0), "slow": ("adjective", -0.5),
-    "thin": ("adjective", -0.5), "dull": ("adjective", -1.0), "clumsy": ("adjective", -1.0),
-    "bad": ("adjective", -1.0), "awful": ("adjective", -1.5), "dreadful": ("adjective", -1.5),
-    "loved": ("verb", 1.5), "enjoyed": ("verb", 1.0), "liked": ("verb", 0.5),
-    "endured": ("verb", -0.5), "disliked": ("verb", -1.0), "hated": ("verb", -1.5),
+    "superb": ("adjective", 1.5),
+    "brilliant": ("adjective", 1.5),
+    "great": ("adjective", 1.0),
+    "moving": ("adjective", 1.0),
+    "charming": ("adjective", 1.0),
+    "good": ("adjective", 0.5),
+    "solid": ("adjective", 0.5),
+    "familiar": ("adjective", 0.0),
+    "slow": ("adjective", -0.5),
+    "thin": ("adjective", -0.5),
+    "dull": ("adjective", -1.0),
+    "clumsy": ("adjective", -1.0),
+    "bad": ("adjective", -1.0),
+    "awful": ("adjective", -1.5),
+    "dreadful": ("adjective", -1.5),
+    "loved": ("verb", 1.5),
+    "enjoyed": ("verb", 1.0),
+    "liked": ("verb", 0.5),
+    "endured": ("verb", -0.5),
+    "disliked": ("verb", -1.0),
+    "hated": ("verb", -1.5),
 }
 MODIFIERS = {"very": 1.5, "rather": 0.5, "not": -0.5}
 

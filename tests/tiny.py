@@ -1,0 +1,74 @@
+"""Random models of each architecture, small enough to test everything exactly, and tokenizers with each known quirk."""
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+ARCHITECTURES = {
+    "llama": transformers.LlamaConfig(**SMALL),
+    "qwen2": transformers.Qwen2Config(**SMALL),
+    "qwen3": transformers.Qwen3Config(**SMALL),
+    "mistral": transformers.MistralConfig(**SMALL, sliding_window=6),
+    "gemma2": transformers.Gemma2Config(**SMALL, sliding_window=6, final_logit_softcapping=0.7, query_pre_attn_scalar=8),
+    "gemma3": transformers.Gemma3TextConfig(**SMALL, sliding_window=6, query_pre_attn_scalar=8),
+    "gpt2": transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1,
+                                    eos_token_id=2),
+    "gpt_neox": transformers.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}),
+    "cohere": transformers.CohereConfig(**SMALL, logit_scale=0.3),
+    "granite": transformers.GraniteConfig(**SMALL, logits_scaling=3.0),
+}
+
+
+def model_of(name: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
+    for parameter in model.parameters():  # far from uniform, so that a wrong position or scale shows
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+class Ids:
+    """A tokenizer over numbers, "5 7 9" <-> [5, 7, 9], with EOS 2 and no pad: all that generation needs."""
+
+    eos_token_id, bos_token_id, pad_token_id, chat_template = 2, 1, None, None
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [int(word) for word in text.split()]
+        return transformers.BatchEncoding({"input_ids": ids})
+
+    def decode(self, ids, skip_special_tokens=False):
+        return " ".join(str(i) for i in ids)
+
+    def batch_decode(self, rows, skip_special_tokens=False):
+        return [self.decode(ids) for ids in rows]
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2 is converted: BPE with byte fallback, BOS, and a dummy space before every text."""
+    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
+    pieces += ["▁"] + list("abcdehlortuwy.,:!") + ["▁t", "▁th", "▁the", "he", "re", "▁w", "lo"]
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("h", "e"), ("r", "e"), ("▁", "w"), ("l", "o")]
+    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, unk_token="<unk>",
+                                     byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   clean_up_tokenization_spaces=False)
+
+
+def byte_level(**kwargs) -> PreTrainedTokenizerFast:
+    """As GPT-2: bytes and a few merges; no pad, and no BOS but EOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate(alphabet + ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "he", "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("h", "e"), ("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False,
+                                   **{"eos_token": "<|endoftext|>", **kwargs})
