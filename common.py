@@ -653,7 +653,8 @@ def report(run, evaluation: dict, samples: list[dict], reference_samples: list[d
     for pair in list(zip(reference_samples, samples))[:5]:
         print(f"\n{str(pair[0]['prompt'])[-300:]}")
         for who, sample in zip(("reference", "trained"), pair):
-            print(f"  {who:9} {sample.get('reward', ''):+5} |{sample['completion'][:400]}")
+            reward = f"{sample['reward']:+.2f} " if "reward" in sample else ""
+            print(f"  {who:9} {reward}|{sample['completion'][:400]}")
     print(f"\n{len(samples)} held-out prompts, one sample each:")
     print_table([["policy", "reward", "KL, nats", "win rate", "ended"], before, after])
     print(f"saved to {run.dir}")

@@ -21,9 +21,9 @@ from typing import Literal
 
 import torch
 
-from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_continuation, encode_conversation,
+from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_conversation,
                     encode_prompt, encode_row, generate, hold_out, learning_rate_at, load_model, load_rows,
-                    load_tokenizer, make_row, max_row_length, micro_batches, pad_rows, print_table, progress_bar,
+                    load_tokenizer, max_row_length, micro_batches, pad_rows, print_table, progress_bar,
                     run_script, save_model, stop_ids, token_logprobs)
 
 
@@ -89,9 +89,8 @@ def encode_demonstration(row: dict, tokenizer, stops: list[int], args: Args) -> 
     if row.get("messages") is not None:
         ids, mask = encode_conversation(tokenizer, column(row, "messages"), stops)
     elif row.get("text") is not None and row.get("prompt") is None:
-        ids, mask = make_row(
-            encode_prompt(tokenizer, ""), encode_continuation(tokenizer, column(row, "text")) + [tokenizer.eos_token_id]
-        )
+        ids = encode_prompt(tokenizer, column(row, "text")) + [tokenizer.eos_token_id]
+        mask = [0] + [1] * (len(ids) - 1)
     else:
         ids, mask = encode_row(tokenizer, column(row, "prompt"), column(row, args.completion_column), stops)
     if sum(mask) == 0:
@@ -164,14 +163,15 @@ def main(args: Args) -> None:
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(rows)} demonstrations, {len(eval_rows)} held out; {len(plan)} updates of {args.batch_size}")
 
-    def log_evaluation(step, **metrics):
+    def log_evaluation(step):
         evaluation, samples = evaluate(model, tokenizer, eval_rows, prompts, args, step)
-        run.log(step, **metrics, **evaluation)
+        run.log(step, **({"loss": evaluation["eval_loss"]} if step == 0 else {}), **evaluation)
         run.write("samples", *samples)
         return evaluation, samples
 
     if done == 0:
         log_evaluation(0)
+    shown = {}
     bar = progress_bar("sft", done, len(plan))
     for step in bar:
         began = time.perf_counter()
@@ -184,35 +184,28 @@ def main(args: Args) -> None:
             micro_loss.backward()
             loss += micro_loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        loss = loss.item()
-        run.check_finite(step, loss, grad_norm, plan[step])
+        run.check_finite(step, loss.item(), grad_norm, plan[step])
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(plan), args.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "tokens_per_s": sum(len(ids) for ids, _ in batch) / (time.perf_counter() - began),
-        }
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        if (step + 1) % args.eval_every == 0 or step + 1 == len(plan):
-            evaluation, _ = log_evaluation(step + 1, **metrics)
-            bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{evaluation['eval_loss']:.3f}", refresh=False)
-        else:
-            run.log(step + 1, **metrics)
+        run.log(step + 1, loss=loss.item(), grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
+                tokens_per_s=sum(len(ids) for ids, _ in batch) / (time.perf_counter() - began))
+        shown["loss"] = f"{loss.item():.3f}"
+        if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
+            shown["held_out"] = f"{log_evaluation(step + 1)[0]['eval_loss']:.3f}"
+        bar.set_postfix(shown, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             run.save_checkpoint(step + 1, model, optimizer, {})
 
     save_model(model, tokenizer, run.dir)
-    results, samples = evaluate(model, tokenizer, eval_rows, prompts, args, len(plan))
-    run.write_results(**results)
+    evaluation, samples = log_evaluation(len(plan))
+    run.write_results(**evaluation)
     for sample in samples[:5]:
         print(f"\n{sample['prompt'][-200:]}\n    -> {sample['completion'].strip()[:300]}")
-    print("\nheld out, nats a token:")
-    print_table([["loss", "perplexity", "ended"], [results["eval_loss"], results["perplexity"], results["ended"]]])
-    print(f"saved to {run.dir}: the next script takes it as --model {run.dir}")
+    print(f"\n{len(eval_rows)} held-out demonstrations, nats a token; share of {len(samples)} samples that ended:")
+    print_table([["loss", "perplexity", "ended"], [evaluation["eval_loss"], evaluation["perplexity"], evaluation["ended"]]])
+    print(f"saved to {run.dir}")
 
 
 if __name__ == "__main__":
