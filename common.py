@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -30,7 +31,8 @@ import transformers
 import tyro
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          DynamicCache)
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -67,11 +69,11 @@ def parse_args(args_class):
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]  # unframe tyro's box
-        raise UserError(" ".join(lines).split(" ──")[0] + " (--help lists the flags)")
-    positive = ["learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_length", "max_new_tokens",
-                "max_grad_norm", "temperature", "beta", "eval_every", "eval_prompts", "save_every"]
-    for name in positive:
+        # tyro prints a title, a rule, what is wrong, a rule, and help: framed where the terminal can
+        blocks = re.split(r"(?:─{2,}|-{10,})\W*", " ".join(line.strip("│ ") for line in box.getvalue().splitlines()))
+        raise UserError(f"{blocks[1]} (--help lists the flags)")
+    for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_length", "eval_prompts",
+                 "max_grad_norm", "max_new_tokens", "temperature", "beta", "eval_every", "save_every"):
         value = getattr(args, name, None)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number greater than 0")
@@ -82,9 +84,11 @@ def parse_args(args_class):
 
 
 def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=False, kind=AutoModelForCausalLM):
-    """A Hub id or directory -> fp32 master weights on the device, dropout off. save_model() writes the dtype it came in."""
+    """A Hub id or directory -> fp32 master weights, dropout off. save_model() writes the dtype that it came in."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(0, device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device).device
+        device = torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}: use cpu, cuda or cuda:N")
     with model_errors(name):
@@ -95,7 +99,8 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
                 setattr(config, key, 0.0)  # a policy with dropout is not the policy that sampled
         model = kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True).to(device).eval()
     model.saved_dtype = saved_dtype
-    model.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda") else None
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
+    model.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
@@ -103,8 +108,8 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
 
 
 def save_model(model, tokenizer, directory) -> None:
-    """Write Hugging Face files, rounded to the dtype that the model came in; `model` keeps the rounded weights, so that what
-    is evaluated afterwards is what was saved."""
+    """Write Hugging Face files, rounded to the dtype that the model came in. `model` keeps the rounded weights: what is
+    evaluated afterwards is what was saved."""
     model.to(model.saved_dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     model.float()
@@ -114,8 +119,8 @@ def load_tokenizer(name: str, chat_template: str | None = None):
     with model_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: its tokenizer has no EOS token, so that no completion could end: name one as eos_token "
-                        "in its tokenizer_config.json")
+        raise UserError(f"--model {name}: its tokenizer has no EOS token, so that no completion could end: name one as "
+                        "eos_token in its tokenizer_config.json")
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise UserError(f"--chat-template {chat_template}: no such file; give a file with a Jinja template")
@@ -129,11 +134,11 @@ def model_errors(name: str):
         yield
     except Exception as error:  # transformers raises many kinds
         if Path(name).is_dir():
-            cause = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"--model {name}: cannot be loaded ({cause}): the directory must hold config.json, *.safetensors "
-                            "and a tokenizer")
-        raise UserError(f"--model {name}: no such directory, and not within reach on the Hub: check the name, the network and "
-                        "HF_HUB_OFFLINE")
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(f"--model {name}: cannot be loaded ({cause}): the directory must hold config.json, "
+                            "*.safetensors and a tokenizer")
+        raise UserError(f"--model {name}: no such directory, and not within reach on the Hub: check the name, the "
+                        "network and HF_HUB_OFFLINE")
 
 
 def autocast(model):
@@ -166,8 +171,8 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
 
     Logits exist only where a completion token is predicted, and only LOGITS_AT_ONCE of them at a time: a pre-hook takes
     the hidden states away from the model's head, which is then applied to the wanted ones, chunk by chunk, and again in
-    the backward pass. Soft-capping and logit scales (Gemma 2, Cohere, Granite ...) are applied as the model would, which
-    is checked against the model's own logits once.
+    the backward pass. Soft-capping and logit scales (Gemma 2, Cohere, Granite ...) are applied as the model would; that
+    is checked against its own logits once.
     """
     wanted = completion_mask.bool().clone()
     wanted[:, 0] = False  # nothing predicts the first token
@@ -189,8 +194,8 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
     if not getattr(model, "head_is_checked", False):
         with torch.no_grad(), autocast(model):
             if not torch.allclose(own_logits, logits_of(model, states[0][0, 0]), rtol=1e-3, atol=1e-3):
-                raise UserError(f"{model.config.model_type}: this architecture changes its logits in a way that logits_of() "
-                                "in common.py does not know: add it there")
+                raise UserError(f"{model.config.model_type}: this architecture changes its logits in a way that "
+                                "logits_of() in common.py does not know: add it there")
         model.head_is_checked = True
 
     def chunk_logprobs(hidden, targets):  # [n, D], [n] -> [n]
@@ -225,8 +230,8 @@ def pad_rows(rows: list[tuple[list[int], list[int]]], device="cpu"):
 
 
 def micro_batches(lengths: list[int], micro_batch_size: int | None, tokens: int = 4096) -> list[list[int]]:
-    """Cut row numbers 0..len(lengths)-1, sorted by length so that little is padding, into groups for one forward pass each:
-    of `micro_batch_size` rows, or (None) of at most `tokens` padded tokens."""
+    """Row numbers, sorted by length so that little is padding, in groups for one forward pass each: `micro_batch_size`
+    of them, or (None) as many as fit into `tokens` tokens, padding included."""
     groups = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         fits = groups and (len(groups[-1]) < micro_batch_size if micro_batch_size else
@@ -265,7 +270,7 @@ class Rollout:
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, rows_at_once=512) -> Rollout:
-    """Sample `num_samples` completions of each prompt (a text, a list of messages, or token ids); temperature 0 is greedy.
+    """`num_samples` completions of each prompt (a text, a list of messages, or token ids); temperature 0 is greedy.
 
     Each prompt is encoded once and its cache copied to its samples; finished rows are dropped when a quarter is idle.
     Pure sampling: top-k or top-p would make `logps` those of another policy. (Greedy `logps` are at temperature 1.)
@@ -276,8 +281,8 @@ def generate(model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temper
     per_pass = max(1, rows_at_once // num_samples)
     for start in range(0, len(encoded), per_pass):
         with autocast(model):
-            tokens, token_logps, lengths = sample_rows(model, encoded[start:start + per_pass], num_samples, max_new_tokens,
-                                                       temperature, stops)
+            tokens, token_logps, lengths = sample_rows(model, encoded[start:start + per_pass], num_samples,
+                                                       max_new_tokens, temperature, stops)
         lengths = lengths.tolist()
         completions += [row[:n] for row, n in zip(tokens.tolist(), lengths)]
         logps += [row[:n] for row, n in zip(token_logps, lengths)]
@@ -285,15 +290,16 @@ def generate(model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temper
     input_ids, completion_mask = pad_rows(rows, model.device)
     ended = [ids[-1] in stops for ids in completions]
     # SentencePiece drops the first space of a text, so a completion's text is what it adds to its prompt's.
-    texts = tokenizer.batch_decode([ids[:-1] if e else ids for (ids, _), e in zip(rows, ended)], skip_special_tokens=True)
+    whole = [ids[:-1] if end else ids for (ids, _), end in zip(rows, ended)]
+    texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
     heads = [len(text) for text in tokenizer.batch_decode(encoded, skip_special_tokens=True)]
-    return Rollout(rows, input_ids, completion_mask,
-                   torch.zeros(input_ids.shape, device=model.device).masked_scatter(completion_mask.bool(), torch.cat(logps)),
-                   [text[heads[i // num_samples]:] for i, text in enumerate(texts)], torch.tensor(ended))
+    logps = torch.zeros(input_ids.shape, device=model.device).masked_scatter(completion_mask.bool(), torch.cat(logps))
+    texts = [text[heads[i // num_samples]:] for i, text in enumerate(texts)]
+    return Rollout(rows, input_ids, completion_mask, logps, texts, torch.tensor(ended))
 
 
 def sample_rows(model, prompts, num_samples, max_new_tokens, temperature, stops):
-    """Token ids -> sampled tokens [B, max_new_tokens], their log-probabilities, and lengths [B] up to the stop token."""
+    """Token ids -> sampled tokens [B, max_new_tokens], their log-probabilities, lengths [B] up to the stop token."""
     longest, device = max(map(len, prompts)), model.device
     input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -367,7 +373,7 @@ def encode_row(tokenizer, prompt, completion, stops: list[int]) -> tuple[list[in
 
 
 def encode_continuation(tokenizer, text: str) -> list[int]:
-    """Ids of a text that continues another: without BOS, and without the space that SentencePiece puts before a text."""
+    """Ids of a text that continues another: no BOS, and not the space that SentencePiece puts before every text."""
     def ids_of(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -377,8 +383,8 @@ def encode_continuation(tokenizer, text: str) -> list[int]:
 
 
 def encode_conversation(tokenizer, messages, stops: list[int], first: int = 0) -> tuple[list[int], list[int]]:
-    """-> (ids, mask): 1 on what the assistant says in messages[first:], from the end of the template's generation prompt
-    up to and including the stop token (the newline that many templates write after it was never generated)."""
+    """-> (ids, mask): 1 on what the assistant says in messages[first:], from the end of the generation prompt up to and
+    including the stop token (the newline that many templates write after it was never generated)."""
     ids, mask = chat_ids(tokenizer, messages), []
     for turn in range(first, len(messages)):
         if messages[turn]["role"] != "assistant":
@@ -396,7 +402,7 @@ def encode_conversation(tokenizer, messages, stops: list[int], first: int = 0) -
 
 def chat_ids(tokenizer, messages, add_generation_prompt=False) -> list[int]:
     if tokenizer.chat_template is None:
-        raise UserError("conversations need a chat template, and this tokenizer has none: give one with --chat-template")
+        raise UserError("conversations need a chat template, and the tokenizer has none: give one with --chat-template")
     if not messages:
         return []
     try:
@@ -406,17 +412,18 @@ def chat_ids(tokenizer, messages, add_generation_prompt=False) -> list[int]:
         if messages[0].get("role") == "system" and len(messages) > 1:  # Gemma's knows no system role
             first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
             return chat_ids(tokenizer, [first, *messages[2:]], add_generation_prompt)
-        raise UserError(f"the chat template refuses {json.dumps(messages)[:80]} ({error}): mend the row or the template")
+        raise UserError(f"the chat template refuses {json.dumps(messages)[:80]} ({error}): mend row or template")
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
 def load_rows(name: str, split: str | None = "train") -> list[dict]:
-    """A Hub id, `id:config`, or a local .jsonl/.json/.csv/.parquet file or directory -> its rows. split None: "test" if there
-    is one."""
+    """A Hub id, `id:config`, or a local .jsonl/.json/.csv/.parquet file or directory -> its rows. split None: the split
+    "test" if there is one."""
     import datasets  # here, because it is slow to import
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, in one line
     path = Path(name)
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
     if kind and not path.exists():
@@ -431,14 +438,15 @@ def load_rows(name: str, split: str | None = "train") -> list[dict]:
             rows = datasets.load_dataset(*([name] if path.is_dir() else name.split(":", 1)), split=split)
         rows = list(rows.get("test", rows[next(iter(rows))]) if isinstance(rows, dict) else rows)
     except Exception as error:  # datasets raises many kinds
-        for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.suffix == ".jsonl" else [], 1):
+        lines = path.read_text(errors="replace").splitlines() if path.suffix == ".jsonl" else []
+        for number, line in enumerate(lines, 1):
             try:
                 json.loads(line or "{}")
             except json.JSONDecodeError as bad:
                 raise UserError(f"--dataset {name}, line {number}: not JSON ({bad}): mend or delete the line")
-        cause = str(error.__cause__ or error).strip().splitlines()[0][:200]
-        raise UserError(f"--dataset {name}, --split {split}: cannot be read ({cause}): give a Hub id, id:config, or a .jsonl, "
-                        ".json, .csv or .parquet file or directory, and a split that it has")
+        cause = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"--dataset {name}, --split {split}: cannot be read ({cause}): give a Hub id, id:config, or a "
+                        ".jsonl, .json, .csv or .parquet file or directory, and a split that it has")
     if not rows:
         raise UserError(f"--dataset {name}: has no rows")
     return rows
@@ -482,7 +490,7 @@ def comparison(row: dict):
 
 
 def encode_all(rows: list[dict], name: str, encode, max_length: int) -> list:
-    """-> [(row, encode(row))], where encode gives one or more (ids, mask), cut at max_length. Rows whose prompt alone is
+    """-> [(row, encode(row))]; encode gives one or more (ids, mask), which are cut at max_length. Rows whose prompt is
     that long are dropped, and counted aloud."""
     kept, cut, dropped = [], 0, []
     for number, row in enumerate(rows, 1):
@@ -496,11 +504,11 @@ def encode_all(rows: list[dict], name: str, encode, max_length: int) -> list:
         else:
             dropped.append((number, min(mask.index(1) for _, mask in encoded)))
     if not kept:
-        raise UserError(f"{name}: no row fits, the prompt of row {dropped[0][0]} has {dropped[0][1]} tokens and --max-length is "
-                        f"{max_length}: raise it if the model's window allows, or shorten the prompts")
+        raise UserError(f"{name}: no row fits: the prompt of row {dropped[0][0]} has {dropped[0][1]} tokens, "
+                        f"--max-length is {max_length}: raise it if the model's window allows, or shorten the prompts")
     if dropped or cut:
-        print(f"{Path(name).name}: {len(rows)} rows; {len(dropped)} dropped, their prompts alone reach --max-length {max_length}; "
-              f"{cut} completions cut there")
+        print(f"{Path(name).name}: {len(rows)} rows; {len(dropped)} dropped, their prompts alone reach --max-length "
+              f"{max_length}; {cut} completions cut there")
     return kept
 
 
@@ -513,7 +521,7 @@ def max_row_length(model, max_length: int | None) -> int:
 
 
 def batches(num_rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> list[list[int]]:
-    """The row numbers of every update, shuffled anew each epoch; from the seed alone, so that a resumed run sees the same."""
+    """The row numbers of every update, shuffled anew each epoch: by the seed alone, so a resumed run sees the same."""
     steps = max_steps or max(1, round(epochs * num_rows / batch_size))
     generator, order = torch.Generator().manual_seed(seed), []
     while len(order) < steps * batch_size:
@@ -558,7 +566,7 @@ def reward_from_function(spec: str):
         completions = [as_answer(p, c) for p, c in zip(prompts, completions)]
         try:
             rewards = call(prompts, completions, rows)
-        except Exception as error:
+        except Exception:
             where = ""
             for p, c, row in zip(prompts, completions, rows):  # which one was it?
                 try:
@@ -568,20 +576,20 @@ def reward_from_function(spec: str):
                     break
             raise UserError(f"--reward-fn {spec} raised {type(error).__name__}: {error}{where}: mend the function")
         if len(rewards) != len(prompts):
-            raise UserError(f"--reward-fn {spec} returned {len(rewards)} rewards for {len(prompts)} completions, the first on "
-                            f"prompt {str(prompts[0])[:80]!r}: return one for each")
+            raise UserError(f"--reward-fn {spec} returned {len(rewards)} rewards for {len(prompts)} completions, the "
+                            f"first on prompt {str(prompts[0])[:80]!r}: return one for each")
         for p, c, r in zip(prompts, completions, rewards.tolist()):
             if not math.isfinite(r):
-                raise UserError(f"--reward-fn {spec} returned {r} for prompt {str(p)[:80]!r}, completion {str(c)[:80]!r}: "
-                                "return finite numbers")
+                raise UserError(f"--reward-fn {spec} returned {r} for prompt {str(p)[:80]!r}, completion "
+                                f"{str(c)[:80]!r}: return finite numbers")
         return rewards
 
     return reward
 
 
 def reward_from_model(name: str, args):
-    """A sequence-classification model with one label and its own tokenizer. The score is read at the last token, by index:
-    the stock head searches for pad, and finds the token before EOS where pad equals EOS."""
+    """A sequence-classification model with one label and its own tokenizer. The score is read at the last token, by
+    index: the stock head searches for pad, and finds the token before EOS where pad equals EOS."""
     model = load_model(name, args.device, args.dtype, kind=AutoModelForSequenceClassification)
     tokenizer = load_tokenizer(name)
     if model.config.num_labels != 1:
@@ -589,7 +597,8 @@ def reward_from_model(name: str, args):
 
     @torch.no_grad()
     def reward(prompts, completions, rows):
-        encoded = [encode_row(tokenizer, p, as_answer(p, c), [tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
+        stops = [tokenizer.eos_token_id]
+        encoded = [encode_row(tokenizer, p, as_answer(p, c), stops) for p, c in zip(prompts, completions)]
         rewards = torch.zeros(len(encoded))
         for group in micro_batches([len(ids) for ids, _ in encoded], args.micro_batch_size):
             input_ids, _ = pad_rows([encoded[i] for i in group], model.device)
@@ -610,15 +619,15 @@ def prompts_that_fit(rows, tokenizer, max_new_tokens: int, max_length: int) -> l
     fitting = [row for row in {str(row["prompt"]): row for row in rows}.values()
                if len(encode_prompt(tokenizer, row["prompt"])) + max_new_tokens <= max_length]
     if not fitting:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: no held-out prompt leaves so much room in {max_length} tokens: "
-                        "lower it")
+        raise UserError(f"--max-new-tokens {max_new_tokens}: no held-out prompt leaves so much room in {max_length} "
+                        "tokens: lower it")
     return fitting
 
 
 @torch.no_grad()
 def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, step: int) -> tuple[dict, list[dict]]:
-    """One fresh sample for each row's prompt: KL(pi || pi_ref) in nats a completion, and where there is a reward its mean,
-    and the win rate against the reference's samples (None: these are the reference's). -> (metrics, samples)"""
+    """One fresh sample for each row's prompt -> (metrics, samples): KL(pi || pi_ref) in nats a completion and, where
+    there is a reward, its mean and the win rate against the reference's samples (None: these are the reference's)."""
     prompts = [row["prompt"] for row in rows]
     with torch.random.fork_rng():  # an evaluation must not change what training draws
         torch.manual_seed(args.seed + 1000 * step)
@@ -628,7 +637,8 @@ def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, ste
                   - sequence_logprobs(reference, rollout.rows, args.micro_batch_size, args.temperature))
     metrics = {"ended": rollout.ended.float().mean().item()}
     metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
-    samples = [{"step": step, "prompt": p, "completion": c} for p, c in zip(prompts, rollout.completions)]
+    samples = [{"step": step, "prompt": p, "completion": c, "ended": e}
+               for p, c, e in zip(prompts, rollout.completions, rollout.ended.tolist())]
     if reward:
         rewards = reward(prompts, rollout.completions, rows)
         samples = [{**sample, "reward": r} for sample, r in zip(samples, rewards.tolist())]
@@ -636,13 +646,34 @@ def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, ste
         metrics["reward"], metrics["reward_se"] = mean_and_se(rewards)
         wins = (rewards > ref_rewards) + 0.5 * (rewards == ref_rewards)
         metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(wins)
+        best = optimal_gain(args, metrics["kl"])
+        if best:
+            metrics["share_of_optimum"] = (metrics["reward"] - ref_rewards.mean().item()) / best
     return metrics, samples
+
+
+def optimal_gain(args, kl: float) -> float | None:
+    """The most that any policy with this KL gains in reward over the reference: known in the embedded world, where
+    assets/make.py computed it from pi* = pi_ref exp(r / beta) / Z. Linear between its points; None beyond them."""
+    gold = str(ASSETS / "rewards.py") + ":sentiment"
+    if (args.model, args.reward_fn, args.temperature) != (str(ASSETS / "tiny-sft"), gold, 1.0):
+        return None
+    table = json.loads((ASSETS / "frontier.json").read_text())
+    points = [(0.0, 0.0)] + [(point["kl"], point["reward"] - table["reward_ref"]) for point in table["points"]]
+    for (kl_0, gain_0), (kl_1, gain_1) in zip(points, points[1:]):
+        if kl_0 < kl <= kl_1:
+            return gain_0 + (gain_1 - gain_0) * (kl - kl_0) / (kl_1 - kl_0)
+    return None
 
 
 def report(run, evaluation: dict, samples: list[dict], reference_samples: list[dict]) -> None:
     """Write results.json, and print five samples of reference and trained policy, and the table that compares them."""
-    before, after = ["reference", "-", "0", "-", "-"], ["trained", "-", "-", "-", f"{evaluation['ended']:.1%}"]
+    before, after = ["reference", "-", "0", "-", "-", "-"], ["trained", "-", "-", "-", "-", "-"]
+    before[4] = f"{sum(sample['ended'] for sample in reference_samples) / len(samples):.1%}"
+    after[4] = f"{evaluation['ended']:.1%}"
     after[2] = f"{evaluation['kl']:.2f} ± {evaluation['kl_se']:.2f}"
+    if "share_of_optimum" in evaluation:
+        after[-1] = f"{evaluation['share_of_optimum']:.1%}"
     if "reward" in evaluation:
         ref_rewards = torch.tensor([sample["reward"] for sample in reference_samples])
         evaluation = {**evaluation, "reward_ref": ref_rewards.mean().item(), "reward_ref_sd": ref_rewards.std().item()}
@@ -656,7 +687,7 @@ def report(run, evaluation: dict, samples: list[dict], reference_samples: list[d
             reward = f"{sample['reward']:+.2f} " if "reward" in sample else ""
             print(f"  {who:9} {reward}|{sample['completion'][:400]}")
     print(f"\n{len(samples)} held-out prompts, one sample each:")
-    print_table([["policy", "reward", "KL, nats", "win rate", "ended"], before, after])
+    print_table([["policy", "reward", "KL, nats", "win rate", "ended", "of the optimum"], before, after])
     print(f"saved to {run.dir}")
 
 
@@ -682,8 +713,8 @@ def progress_bar(name: str, start: int, total: int) -> tqdm:
 
 
 class Run:
-    """--output-dir: args.json, metrics.jsonl, samples.jsonl, results.json and checkpoint/. It promises that a run killed at
-    any moment and started again with --resume writes what the uninterrupted run would have written."""
+    """--output-dir: args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/. A run killed at any moment and
+    started again with --resume writes what the uninterrupted run would have written."""
 
     def __init__(self, args):
         self.args, self.dir, self.started = args, Path(args.output_dir), time.time()
@@ -697,18 +728,18 @@ class Run:
             before = json.loads((self.dir / "args.json").read_text())
             for name, value in asdict(args).items():
                 if name not in ("resume", "device", "tensorboard", "output_dir") and before.get(name, value) != value:
-                    raise UserError(f"--resume: {self.dir} was started with --{name.replace('_', '-')} {before[name]}, now it is "
-                                    f"{value}: give the same flags, or another --output-dir")
+                    raise UserError(f"--resume: {self.dir} was started with --{name.replace('_', '-')} {before[name]}, "
+                                    f"now it is {value}: give the same flags, or another --output-dir")
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("--tensorboard: that package is not installed: pip install tensorboard, or leave the flag out")
+                raise UserError("--tensorboard: that package is not installed: pip install tensorboard")
             self.tensorboard = SummaryWriter(self.dir)
 
     def start(self, model, optimizer) -> tuple[int, dict]:
-        """-> (updates done, the `memory` given to save_checkpoint), with model, optimizer, random states and files as they
-        were then; (0, {}) at the beginning. Only here is an earlier run in the same directory cleared away."""
+        """-> (updates done, the `memory` given to save_checkpoint), with model, optimizer, random states and files as
+        they were then; (0, {}) at the beginning. Only here is an earlier run in the same directory cleared away."""
         state = {"step": 0, "memory": {}, "lengths": {"metrics": 0, "samples": 0}}
         if self.args.resume and self.checkpoint.exists():
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
@@ -749,9 +780,9 @@ class Run:
 
     def check_finite(self, step: int, loss: float, grad_norm: float, rows: list[int]) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            saved = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
-            raise UserError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}, training rows {rows[:8]} ...; {saved}: "
-                            "lower --learning-rate")
+            saved = f"last good checkpoint: {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
+            raise UserError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}, training rows {rows[:8]} ...; "
+                            f"{saved}: lower --learning-rate")
 
 
 def write_atomically(path: Path, data) -> None:

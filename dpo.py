@@ -8,8 +8,8 @@ Z cannot be summed, but it need not be: solved for the reward, equation (5),
 
     r(x, y) = beta log pi*(y | x) / pi_ref(y | x) + beta log Z(x)
 
-and put into the Bradley-Terry likelihood p(y_w > y_l | x) = sigma(r(x, y_w) - r(x, y_l)), log Z(x) cancels. What remains is
-the maximum-likelihood loss of a policy, equation (7):
+and put into the Bradley-Terry likelihood p(y_w > y_l | x) = sigma(r(x, y_w) - r(x, y_l)), log Z(x) cancels. What is
+left is the maximum-likelihood loss of a policy, equation (7):
 
     L_DPO(theta) = -E log sigma( beta log pi_theta(y_w|x) / pi_ref(y_w|x) - beta log pi_theta(y_l|x) / pi_ref(y_l|x) )
 
@@ -19,9 +19,9 @@ the maximum-likelihood loss of a policy, equation (7):
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-6
 
 Deviations from the paper's code: the learning rate decays linearly after the warm-up (theirs stays), AdamW instead of
-RMSprop; the reference log-probabilities are computed once, before training, and the reference model is then freed (it is
-read again, for a moment, where an evaluation measures the KL). IPO (Azar et al. 2023) uses the log-probabilities of whole
-sequences, as its paper does; TRL's `ipo` divides them by the length.
+RMSprop; the reference log-probabilities are computed once, before training, and the reference model is then freed (it
+is read again, for a moment, where an evaluation measures the KL). IPO (Azar et al. 2023) uses the log-probabilities of
+whole sequences, as its paper does; TRL's `ipo` divides them by the length.
 
 Data: `prompt` + `chosen` + `rejected`, or `chosen` + `rejected` that share their prompt; texts or lists of messages.
 """
@@ -116,10 +116,10 @@ def dpo_loss(
     """Equation (7), for a batch of comparisons.
 
     All log-probabilities are those of whole completions, log pi(y | x) in nats, [B]. Returns (losses, chosen_rewards,
-    rejected_rewards), each [B]: the rewards are the implicit ones of equation (5), up to beta log Z(x), without gradient.
+    rejected_rewards), each [B]; the rewards are the implicit ones of equation (5), without beta log Z(x) and gradient.
 
-    sigmoid  -(1 - eps) log sigma(beta h) - eps log sigma(-beta h),  h = log-ratio chosen - log-ratio rejected; eps =
-             label_smoothing: 0 in the DPO paper; otherwise conservative DPO (Mitchell 2023): labels flipped with probability eps
+    sigmoid  -(1 - eps) log sigma(beta h) - eps log sigma(-beta h),  h = log-ratio chosen - log-ratio rejected;
+             eps = label_smoothing: 0 in the DPO paper, else conservative DPO (Mitchell 2023): a share is mislabelled
     ipo      (h - 1 / (2 beta))^2: Azar et al. (2023), equation (17)
     """
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
@@ -251,7 +251,9 @@ def main(args: Args) -> None:
         shown |= {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             evaluation, _ = evaluate(step + 1)
-            shown |= {name: f"{evaluation[name]:.2f}" for name in ("kl", "reward", "win_rate") if name in evaluation}
+            for name in ("kl", "reward", "win_rate", "share_of_optimum"):
+                if name in evaluation:
+                    shown[name] = f"{evaluation[name]:.2f}"
         bar.set_postfix(shown, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             run.save_checkpoint(step + 1, model, optimizer, memory)

@@ -1,17 +1,17 @@
 """Supervised fine-tuning: stage 1 of RLHF, demonstrations -> policy.
 
-    L(theta) = - sum_t m_t log pi_theta(y_t | x, y_<t) / sum_t m_t                                                  (SFT)
+    L(theta) = - sum_t m_t log pi_theta(y_t | x, y_<t) / sum_t m_t                                              (SFT)
 
-over the completion tokens (m_t = 1) of demonstrations (x, y): InstructGPT (Ouyang et al. 2022), section 3.5. The mean is
-over the tokens of the whole batch, however it is cut into micro-batches. Deviations from InstructGPT: the loss is on the
-completion only (--train-on-prompt for all tokens), the learning rate decays linearly, there is no weight decay.
+over the completion tokens (m_t = 1) of demonstrations (x, y): InstructGPT (Ouyang et al. 2022), section 3.5. The mean
+is over the tokens of the whole batch, however it is cut into micro-batches. Deviations from InstructGPT: the loss is on
+the completion only (--train-on-prompt for all tokens), the learning rate decays linearly, there is no weight decay.
 
-    python sft.py                                       # tiny-base -> the model that is shipped as assets/tiny-sft
-    python sft.py --dataset assets/data/comparisons.jsonl --completion-column chosen     # Binary FeedME: the preferred answers
+    python sft.py                                   # tiny-base -> the model that is shipped as assets/tiny-sft
+    python sft.py --model assets/tiny-sft --dataset assets/data/comparisons.jsonl --completion-column chosen    # FeedME
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset trl-lib/Capybara --learning-rate 2e-5 --batch-size 16
 
-Data: `prompt` + `completion`, `messages` (the loss is on every assistant turn) or `text`. Expect a held-out loss that falls
-from about 0.83 to 0.48 nats a token in about a minute on two CPU cores.
+Data: `prompt` + `completion`, `messages` (the loss is on every assistant turn) or `text`. Expect a held-out loss that
+falls from 2.7 to 1.0 nats a token within half a minute on two CPU cores.
 """
 
 import math
@@ -204,7 +204,7 @@ def main(args: Args) -> None:
     for sample in samples[:5]:
         print(f"\n{sample['prompt'][-200:]}\n    -> {sample['completion'].strip()[:300]}")
     print(f"\n{len(eval_rows)} held-out demonstrations, nats a token; share of {len(samples)} samples that ended:")
-    print_table([["loss", "perplexity", "ended"], [evaluation["eval_loss"], evaluation["perplexity"], evaluation["ended"]]])
+    print_table([["loss", "perplexity", "ended"], [evaluation[key] for key in ("eval_loss", "perplexity", "ended")]])
     print(f"saved to {run.dir}")
 
 

@@ -33,7 +33,7 @@ sys.path[:0] = [str(ASSETS), str(ASSETS.parent)]
 from rewards import VALENCE, sentiment  # noqa: E402
 
 SEED = 1952  # Bradley and Terry
-FRONTIER_PROPOSALS = [3.0, 1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.13]
+FRONTIER_PROPOSALS = [3.0, 1.5, 1.0, 0.7, 0.5, 0.35]  # values of beta
 BASE_STEPS = 490  # where it is half competent at sums: 18% right, and tiny-sft 56% (greedy)
 BASE_BATCH, BASE_LENGTH = 64, 128
 
@@ -69,7 +69,7 @@ def title(rng: random.Random) -> tuple[str, str]:
 
 
 def review(rng: random.Random, genre: str, sentences: int | None = None) -> str:
-    """One to three sentences that share a mood; a word w is drawn with probability proportional to exp(mood * valence)."""
+    """One to three sentences that share a mood; the probability of a word is proportional to exp(mood * valence)."""
     mood = rng.gauss(0.0, 1.0)
 
     def pick(words: list[str]) -> str:
@@ -275,18 +275,19 @@ def make_samples() -> None:
             if len(different) == count:
                 rows.append((prompt, ranked(different)))
         equal = sum(len(set(sentiment(None, texts))) < count for _, texts in rows)
-        print(f"{len(prompts) - len(rows)} prompts left out; gold rewards differ in {1 - equal / len(rows):.1%} of rows")
+        print(f"{len(prompts) - len(rows)} prompts left out; gold rewards differ in {1 - equal / len(rows):.1%}")
         return rows
 
     def write_judged(name, prompts):
-        write(f"comparisons{name}.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, (a, b) in judged(prompts, 2)])
-        write(f"rankings{name}.jsonl", [{"prompt": p, "responses": r} for p, r in judged(prompts[: len(prompts) // 4], 4)])
+        pairs, fours = judged(prompts, 2), judged(prompts[: len(prompts) // 4], 4)
+        write(f"comparisons{name}.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, (a, b) in pairs])
+        write(f"rankings{name}.jsonl", [{"prompt": p, "responses": responses} for p, responses in fours])
 
     train, heldout = [p for p, _ in world["prompts"][3000:]], [p for p, _ in world["prompts_heldout"]]
     write_judged("", train)
     write_judged("_heldout", heldout)
 
-    # An arena: one review of the same film by two players, and a judge who cannot always tell (p(tie) as in Rao and Kupper).
+    # An arena: one review of the same film by two players, and a judge who cannot always tell (ties: Rao and Kupper).
     players = {
         f"{name}, temperature {t}": [texts[0] for texts in sample(heldout[:500], 1, name, t)]
         for name in ("tiny-base", "tiny-sft")
@@ -307,19 +308,19 @@ def make_samples() -> None:
 def make_frontier() -> None:
     """The best gold reward that any policy can reach at each KL from tiny-sft, on held-out reviews.
 
-    The optimum is known up to its normaliser, pi* = pi_ref exp(r / beta) / Z (DPO's equation 4), so samples of any proposal
-    q become samples of pi* with weights w proportional to pi_ref / q exp(r / beta): E*[r] = sum w r / sum w, and
+    The optimum is known up to its normaliser, pi* = pi_ref exp(r / beta) / Z (DPO's equation 4), so samples of any
+    proposal q become samples of pi* with weights w proportional to pi_ref / q exp(r / beta): E*[r] = sum w r / sum w,
     KL = E*[r] / beta - log Z. tiny-sft's own samples run out at about 2 nats; further proposals are policies fitted to
     the re-weighted samples, at smaller and smaller beta. q is the mixture of all of them (the balance heuristic).
     """
     import torch
 
-    from common import (Run, generate, learning_rate_at, load_model, load_tokenizer, micro_batches, pad_rows,
+    from common import (generate, learning_rate_at, load_model, load_tokenizer, micro_batches, pad_rows,
                         sequence_logprobs, token_logprobs)
 
     torch.manual_seed(SEED + 3)
     world = worlds()
-    train, heldout = [p for p, _ in world["prompts"][3000:4000]], [p for p, _ in world["prompts_heldout"][:40]]
+    train, heldout = [p for p, _ in world["prompts"][3000:4000]], [p for p, _ in world["prompts_heldout"][:32]]
     tokenizer, policies = load_tokenizer(str(ASSETS / "tiny-sft")), [load_model(str(ASSETS / "tiny-sft"))]
     for beta in FRONTIER_PROPOSALS:
         reference, last, policy = policies[0], policies[-1], load_model(str(ASSETS / "tiny-sft"))
@@ -340,17 +341,19 @@ def make_frontier() -> None:
             optimizer.step()
             optimizer.zero_grad()
         policies.append(policy)
-        print(f"proposal for beta {beta}: reward of the samples it was fitted to {log_weights.softmax(1).mul(torch.tensor(sentiment(None, rollout.completions)).view(-1, 16)).sum(1).mean():.2f}", flush=True)
+        print(f"proposal for beta {beta}: {len(rows)} samples of the one before, re-weighted", flush=True)
 
-    rollouts = [generate(policy, tokenizer, heldout, 256) for policy in policies]
+    rollouts = [generate(policy, tokenizer, heldout, 192) for policy in policies]
     rows = [row for rollout in rollouts for row in rollout.rows]
-    shape = (len(policies), len(heldout), 256)
+    shape = (len(policies), len(heldout), 192)
     logps = torch.stack([sequence_logprobs(policy, rows) for policy in policies]).double()  # [policy, sample]
     log_mixture = logps.logsumexp(0) - math.log(len(policies))
     rewards = torch.tensor(sentiment(None, [c for rollout in rollouts for c in rollout.completions])).double()
-    log_ratio, rewards = [x.view(shape).transpose(0, 1).flatten(1) for x in (logps[0] - log_mixture, rewards)]  # [prompt, sample]
+    log_ratio, rewards = [  # [prompt, sample]
+        x.view(shape).transpose(0, 1).flatten(1) for x in (logps[0] - log_mixture, rewards)
+    ]
     points = []
-    for beta in torch.logspace(1.0, -1.2, 56).tolist():
+    for beta in torch.logspace(1.0, -0.5, 46).tolist():
         log_weights = log_ratio + rewards / beta
         weights = log_weights.softmax(1)
         effective = 1 / (weights**2).sum(1)
@@ -361,8 +364,7 @@ def make_frontier() -> None:
                            "effective_samples": effective.mean().item()})
             print(" ".join(f"{k} {v:.3f}" for k, v in points[-1].items()), flush=True)
     reward_ref = (log_ratio.softmax(1) * rewards).sum(1).mean().item()
-    write_json = json.dumps({"reward_ref": reward_ref, "points": points}, indent=0)
-    (ASSETS / "frontier.json").write_text(write_json + "\n")
+    (ASSETS / "frontier.json").write_text(json.dumps({"reward_ref": reward_ref, "points": points}, indent=0) + "\n")
 
 
 STAGES = {"text": make_text, "base": make_base, "sft": make_sft, "samples": make_samples, "frontier": make_frontier}

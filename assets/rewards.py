@@ -1,4 +1,4 @@
-"""The truth of the embedded world: reward functions in TRL's signature, f(prompts, completions, **columns) -> list of floats."""
+"""The truth of the embedded world: rewards in TRL's signature, f(prompts, completions, **columns) -> list[float]."""
 
 import re
 
@@ -32,7 +32,7 @@ MODIFIERS = {"very": 1.5, "rather": 0.5, "not": -0.5}
 def sentiment(prompts, completions, **columns) -> list[float]:
     """Gold reward of a review: the valence of its words, times 1.5 after "very", 0.5 after "rather", -0.5 after "not".
 
-    A word counts once: repeating praise earns nothing, which is where a learned reward can be fooled and this one cannot.
+    A word counts once: repeating praise earns nothing. A learned reward can be fooled there, this one cannot.
     """
     rewards = []
     for text in completions:

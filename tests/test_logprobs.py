@@ -34,16 +34,16 @@ def test_values_and_gradients(name, chunked, monkeypatch):
     model = model_of(name)
     input_ids, attention_mask, completion_mask = batch()
     weights = torch.randn(4, 14)
-    gradients = []
+    values, gradients = [], []
     for logps in (naive(model, input_ids, attention_mask, completion_mask, 0.7),
                   common.token_logprobs(model, input_ids, None, completion_mask, 0.7)):
         model.zero_grad()
         (logps * weights).sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        values = logps.detach() if len(gradients) == 1 else values
-    torch.testing.assert_close(logps.detach(), values, atol=1e-5, rtol=1e-5)
-    for parameter in gradients[0]:
-        torch.testing.assert_close(gradients[1][parameter], gradients[0][parameter], atol=1e-5, rtol=1e-5)
+        values.append(logps.detach())
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
+    for expected, ours in zip(*gradients):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

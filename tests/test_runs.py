@@ -15,7 +15,6 @@ import transformers
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from tiny import byte_level
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 QUICK = {

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import torch
 
-from common import (UserError, batches, column, comparison, encode_all, encode_conversation, encode_prompt, encode_row, generate,
-                    hold_out, load_reward, load_rows, load_tokenizer)
+from common import (UserError, batches, comparison, encode_all, encode_conversation, encode_prompt, encode_row, generate,
+                    hold_out, load_rows, load_tokenizer)
 from conftest import ROOT
-from tiny import ARCHITECTURES, byte_level, model_of, sentencepiece
+from tiny import byte_level, model_of, sentencepiece
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
