@@ -198,6 +198,28 @@ def test_the_embedded_world_is_what_its_readme_says():
     assert 0.65 < better / 4000 < 0.85  # noisy, not random
 
 
+def test_the_frontier_has_the_slope_that_the_optimum_must_have():
+    """Along pi* the last nat of KL buys beta of reward: d reward / d KL = beta. And optimal_gain reads between the points."""
+    from types import SimpleNamespace
+
+    from common import ASSETS, optimal_gain
+    table = json.loads((ROOT / "assets" / "frontier.json").read_text())
+    points = table["points"]
+    for a, b in zip(points[::3], points[3::3]):
+        slope = (b["reward"] - a["reward"]) / (b["kl"] - a["kl"])
+        assert 0.9 * b["beta"] < slope < 1.1 * a["beta"]
+    gold = SimpleNamespace(model=str(ASSETS / "tiny-sft"), reward_fn=f"{ASSETS}/rewards.py:sentiment", temperature=1.0)
+    for point in points:
+        assert optimal_gain(gold, point["kl"]) == pytest.approx(point["reward"] - table["reward_ref"])
+    assert points[2]["kl"] < points[3]["kl"]
+    between = optimal_gain(gold, (points[2]["kl"] + points[3]["kl"]) / 2)
+    assert optimal_gain(gold, points[2]["kl"]) < between < optimal_gain(gold, points[3]["kl"])
+    gold.temperature = 0.7
+    assert optimal_gain(gold, 1.0) is None  # another reference
+    gold.temperature = 1.0
+    assert optimal_gain(gold, points[-1]["kl"] + 1) is None  # beyond what is known
+
+
 def test_tiny_sft_ends_its_completions():
     model_name = str(ROOT / "assets" / "tiny-sft")
     from common import load_model
