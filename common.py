@@ -110,9 +110,12 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
 def save_model(model, tokenizer, directory) -> None:
     """Write Hugging Face files, rounded to the dtype that the model came in. `model` keeps the rounded weights: what is
     evaluated afterwards is what was saved."""
-    model.to(model.saved_dtype).save_pretrained(directory)
+    for parameter in model.parameters():  # not model.to(): the rotary frequencies, which no file holds, stay exact
+        parameter.data = parameter.data.to(model.saved_dtype)
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    model.float()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
 
 
 def load_tokenizer(name: str, chat_template: str | None = None):

@@ -250,3 +250,22 @@ def test_a_full_disk(finished, tmp_path):
 def test_the_last_good_checkpoint_is_named(finished, tmp_path):
     status, _, errors = run("sft", *finished[1]["sft"], "--output-dir", tmp_path, "--learning-rate", "1e30", "--save-every", "1")
     assert status == 2 and "checkpoint" in errors and "update" in errors and "rows" in errors, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_evaluated_is_what_was_saved(dtype, tmp_path):
+    """Rounded to the dtype that the model came in, but for the rotary frequencies, which no file holds."""
+    from common import load_model, load_tokenizer, save_model, sequence_logprobs
+    source, target = tmp_path / "source", tmp_path / "target"
+    transformers.AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-sft", dtype=dtype).save_pretrained(source)
+    tokenizer = load_tokenizer(str(ROOT / "assets" / "tiny-sft"))
+    model = load_model(str(source))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    rows = [(list(range(10, 150)), [0] + [1] * 139)]
+    save_model(model, tokenizer, target)
+    loaded = load_model(str(target))
+    assert loaded.saved_dtype == dtype and loaded.dtype == model.dtype == torch.float32
+    assert torch.equal(sequence_logprobs(model, rows), sequence_logprobs(loaded, rows))
+    assert "lm_head.weight" not in load_file(target / "model.safetensors")  # tied, as it was
