@@ -62,7 +62,7 @@ class Args:
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     """sigmoid: equation (7); ipo: squared distance of the log-ratio margin to 1 / (2 beta)"""
     learning_rate: float = 3e-4
-    """peak, after 10% warm-up; then linear decay to 0"""
+    """peak, after 10% warm-up; then linear decay to 0. Real models want 5e-7 to 5e-6"""
     batch_size: int = 32
     """comparisons an update"""
     micro_batch_size: int | None = None
@@ -101,18 +101,30 @@ class Args:
     """also write TensorBoard events"""
 
 
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def load_comparisons(args: Args, model, tokenizer):
+    """-> training and held-out pairs, [(chosen row, rejected row)], and rows with held-out prompts to sample from."""
+    stops, max_length = stop_ids(model, tokenizer), max_row_length(model, args.max_length)
+    rows = load_rows(args.dataset, args.split)
+    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
+
+    def encode(row):
+        row["prompt"], chosen, rejected = comparison(row)
+        return [encode_row(tokenizer, row["prompt"], completion, stops) for completion in (chosen, rejected)]
+
+    pairs = [pair for _, pair in encode_all(rows, args.dataset, encode, max_length)]
+    eval_rows, eval_pairs = zip(*encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length))
+    prompt_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)
+    return pairs, eval_pairs, prompt_rows[:args.eval_prompts]
+
+
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
-def dpo_loss(
-    policy_chosen_logps,
-    policy_rejected_logps,
-    ref_chosen_logps,
-    ref_rejected_logps,
-    beta,
-    label_smoothing=0.0,
-    loss_type="sigmoid",
-):
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+             label_smoothing=0.0, loss_type="sigmoid"):
     """Equation (7), for a batch of comparisons.
 
     All log-probabilities are those of whole completions, log pi(y | x) in nats, [B]. Returns (losses, chosen_rewards,
@@ -154,18 +166,10 @@ def pair_length(pair) -> int:
 
 
 def preference_metrics(losses, chosen_rewards, rejected_rewards, logps, prefix="") -> dict:
-    return {
-        f"{prefix}{name}": value.float().mean().item()
-        for name, value in {
-            "loss": losses,
-            "accuracy": chosen_rewards > rejected_rewards,
-            "margin": chosen_rewards - rejected_rewards,
-            "chosen_reward": chosen_rewards,
-            "rejected_reward": rejected_rewards,
-            "chosen_logps": logps[:, 0],
-            "rejected_logps": logps[:, 1],
-        }.items()
-    }
+    means = {"loss": losses, "accuracy": (chosen_rewards > rejected_rewards).float(),
+             "margin": chosen_rewards - rejected_rewards, "chosen_reward": chosen_rewards,
+             "rejected_reward": rejected_rewards, "chosen_logps": logps[:, 0], "rejected_logps": logps[:, 1]}
+    return {prefix + name: values.mean().item() for name, values in means.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -182,19 +186,8 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
-    stops, max_length = stop_ids(model, tokenizer), max_row_length(model, args.max_length)
     reward = load_reward(args)
-
-    rows = load_rows(args.dataset, args.split)
-    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
-
-    def encode(row):
-        row["prompt"], chosen, rejected = comparison(row)
-        return [encode_row(tokenizer, row["prompt"], completion, stops) for completion in (chosen, rejected)]
-
-    pairs = [pair for _, pair in encode_all(rows, args.dataset, encode, max_length)]
-    eval_rows, eval_pairs = zip(*encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length))
-    prompt_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
+    pairs, eval_pairs, prompt_rows = load_comparisons(args, model, tokenizer)
     plan = batches(len(pairs), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(pairs)} comparisons, {len(eval_pairs)} held out; {len(plan)} updates of {args.batch_size}", flush=True)
 
@@ -202,9 +195,8 @@ def main(args: Args) -> None:
     done, memory = run.start(model, optimizer)
 
     def evaluate(step):
-        evaluation, samples = evaluate_policy(
-            model, tokenizer, prompt_rows, reward, memory.get("reference"), args, step
-        )
+        reference = memory.get("reference")  # its samples
+        evaluation, samples = evaluate_policy(model, tokenizer, prompt_rows, reward, reference, args, step)
         logps = all_pair_logprobs(model, eval_pairs, args)
         losses = dpo_loss(*logps.T, *memory["eval_ref_logps"].T, args.beta, args.label_smoothing, args.loss_type)
         evaluation |= preference_metrics(*losses, logps, prefix="eval_")
@@ -212,9 +204,7 @@ def main(args: Args) -> None:
         run.write("samples", *samples)
         return evaluation, samples
 
-    if (
-        "ref_logps" not in memory
-    ):  # the policy still is the reference: its log-probabilities, once, of all that training will see
+    if done == 0:  # the policy still is the reference: its log-probabilities, once, of all that training will see
         seen = sorted({i for batch in plan for i in batch})
         memory["ref_logps"] = torch.full((len(pairs), 2), torch.nan)
         memory["ref_logps"][seen] = all_pair_logprobs(model, [pairs[i] for i in seen], args)
@@ -229,11 +219,9 @@ def main(args: Args) -> None:
         parts = []
         for group in micro_batches([pair_length(pair) for pair in batch], args.micro_batch_size):
             logps = pair_logprobs(model, [batch[i] for i in group], args.temperature)  # [b, 2]
-            losses, chosen_rewards, rejected_rewards = dpo_loss(
-                *logps.T, *ref_logps[group].T, args.beta, args.label_smoothing, args.loss_type
-            )
+            losses, *rewards = dpo_loss(*logps.T, *ref_logps[group].T, args.beta, args.label_smoothing, args.loss_type)
             (losses.sum() / len(batch)).backward()
-            parts.append((losses.detach(), chosen_rewards, rejected_rewards, logps.detach()))
+            parts.append((losses.detach(), *rewards, logps.detach()))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         metrics = preference_metrics(*map(torch.cat, zip(*parts)))
         run.check_finite(step, metrics["loss"], grad_norm, plan[step])
@@ -241,13 +229,9 @@ def main(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        run.log(
-            step + 1,
-            **metrics,
-            grad_norm=grad_norm,
-            learning_rate=optimizer.param_groups[0]["lr"],
-            tokens_per_s=sum(len(ids) for pair in batch for ids, _ in pair) / (time.perf_counter() - began),
-        )
+        tokens_per_s = sum(len(ids) for pair in batch for ids, _ in pair) / (time.perf_counter() - began)
+        run.log(step + 1, **metrics, grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
+                tokens_per_s=tokens_per_s)
         shown |= {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             evaluation, _ = evaluate(step + 1)

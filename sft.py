@@ -44,7 +44,7 @@ class Args:
     train_on_prompt: bool = False
     """put the loss on the prompt's tokens too"""
     learning_rate: float = 7e-4
-    """peak, after 10% warm-up; then linear decay to 0"""
+    """peak, after 10% warm-up; then linear decay to 0. Real models want 1e-5 to 5e-5"""
     batch_size: int = 64
     """demonstrations an update"""
     micro_batch_size: int | None = None
@@ -98,6 +98,22 @@ def encode_demonstration(row: dict, tokenizer, stops: list[int], args: Args) -> 
     return [(ids, [0] + [1] * (len(ids) - 1) if args.train_on_prompt else mask)]
 
 
+def load_demonstrations(args: Args, model, tokenizer):
+    """-> training rows and held-out rows, (ids, mask), and the ids of a few held-out prompts to sample from."""
+    stops, max_length = stop_ids(model, tokenizer), max_row_length(model, args.max_length)
+    rows = load_rows(args.dataset, args.split)
+    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
+
+    def encode(rows, name):
+        encoded = encode_all(rows, name, lambda row: encode_demonstration(row, tokenizer, stops, args), max_length)
+        return [demonstration for _, (demonstration,) in encoded]
+
+    rows, eval_rows = encode(rows, args.dataset), encode(eval_rows, args.eval_dataset or args.dataset)
+    # A completion begins where the loss does; with --train-on-prompt, or a plain text, it continues the first token.
+    prompts = [ids[:mask.index(1)] for ids, mask in eval_rows[:64]]
+    return rows, eval_rows, [p for p in prompts if len(p) + args.max_new_tokens <= max_length][:16] or [prompts[0][:1]]
+
+
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
@@ -120,41 +136,23 @@ def evaluate(model, tokenizer, rows, prompts, args: Args, step: int) -> tuple[di
     with torch.random.fork_rng():
         torch.manual_seed(args.seed + step)
         rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, args.temperature)
-    samples = [
-        {"step": step, "prompt": tokenizer.decode(p, skip_special_tokens=True), "completion": c, "ended": bool(e)}
-        for p, c, e in zip(prompts, rollout.completions, rollout.ended)
-    ]
-    return {
-        "eval_loss": total / tokens,
-        "perplexity": math.exp(total / tokens),
-        "ended": rollout.ended.float().mean().item(),
-    }, samples
+    samples = [{"step": step, "prompt": tokenizer.decode(p, skip_special_tokens=True), "completion": c, "ended": e}
+               for p, c, e in zip(prompts, rollout.completions, rollout.ended.tolist())]
+    metrics = {"eval_loss": total / tokens, "perplexity": math.exp(total / tokens)}
+    return metrics | {"ended": rollout.ended.float().mean().item()}, samples
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> None:
+    if args.dataset == Args.dataset:
+        args.eval_dataset = args.eval_dataset or str(ASSETS / "data" / "demonstrations_heldout.jsonl")
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
-    stops, max_length = stop_ids(model, tokenizer), max_row_length(model, args.max_length)
-
-    rows, eval_rows = load_rows(args.dataset, args.split), None
-    if args.eval_dataset or args.dataset == Args.dataset:
-        eval_rows = load_rows(args.eval_dataset or str(ASSETS / "data" / "demonstrations_heldout.jsonl"), None)
-    else:
-        rows, eval_rows = hold_out(rows, args.seed)
-
-    def encode(rows, name):
-        encoded = encode_all(rows, name, lambda row: encode_demonstration(row, tokenizer, stops, args), max_length)
-        return [demonstration for _, (demonstration,) in encoded]
-
-    rows, eval_rows = encode(rows, args.dataset), encode(eval_rows, args.eval_dataset or args.dataset)
-    # A completion starts where the mask does; with --train-on-prompt, or a plain text, it continues the first token.
-    prompts = [ids[: mask.index(1)] for ids, mask in eval_rows[:64]]
-    prompts = [p for p in prompts if len(p) + args.max_new_tokens <= max_length][:16] or [prompts[0][:1]]
+    rows, eval_rows, prompts = load_demonstrations(args, model, tokenizer)
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True

@@ -37,7 +37,8 @@ for name in ("tiny-base", "tiny-sft"):
 
 for name in ("comparisons", "comparisons_heldout"):
     rows = rows_of(name)
-    margins = [a - b for a, b in zip(*(sentiment(None, [row[side] for row in rows]) for side in ("chosen", "rejected")))]
+    chosen, rejected = (sentiment(None, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    margins = [a - b for a, b in zip(chosen, rejected)]
     different = [margin for margin in margins if margin != 0]
     bayes = sum(1 / (1 + math.exp(-abs(margin))) for margin in margins) / len(margins)
     print(f"{name}: gold rewards differ in {len(different) / len(margins):.1%}, the preferred one is higher in "

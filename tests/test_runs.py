@@ -106,6 +106,14 @@ def test_killed_and_resumed_equals_uninterrupted(script, wait_for, finished, tmp
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_the_embedded_defaults_can_be_resumed(script, tmp_path):
+    flags = ["--output-dir", tmp_path, "--max-steps", "1", "--batch-size", "8", "--max-new-tokens", "2"]
+    for resume in ([], ["--resume"]):
+        status, output, errors = run(script, *flags, *resume)
+        assert status == 0 and ("resuming" in output) == bool(resume), errors
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo"])
 def test_micro_batches_change_nothing(script, finished, tmp_path):
     directory, flags = finished
     status, _, errors = run(script, *flags[script], "--output-dir", tmp_path, "--micro-batch-size", 1)
@@ -151,6 +159,14 @@ MISTAKES = {
     "temperature 0": ("dpo", ["--temperature", "0"], {}, "--temperature"),
     "no epoch": ("sft", ["--epochs", "0"], {}, "--epochs"),
     "no step": ("sft", ["--max-steps", "-3"], {}, "--max-steps"),
+    "no evaluation": ("dpo", ["--eval-every", "0"], {}, "--eval-every"),
+    "no held-out prompt": ("dpo", ["--eval-prompts", "0"], {}, "--eval-prompts"),
+    "no checkpoint": ("sft", ["--save-every", "0"], {}, "--save-every"),
+    "no gradient": ("sft", ["--max-grad-norm", "0"], {}, "--max-grad-norm"),
+    "no length": ("sft", ["--max-length", "0"], {}, "--max-length"),
+    "no new token": ("dpo", ["--max-new-tokens", "0"], {}, "--max-new-tokens"),
+    "a seed that is no number": ("dpo", ["--seed", "lucky"], {}, "lucky"),
+    "an unknown dtype": ("sft", ["--dtype", "int8"], {}, "int8"),
     "every label flipped": ("dpo", ["--label-smoothing", "0.5"], {}, "--label-smoothing"),
     "a missing model": ("dpo", ["--model", "nobody/nothing"], {}, "nobody/nothing"),
     "a directory that is no model": ("dpo", ["--model", "."], {}, "config.json"),
@@ -223,7 +239,7 @@ def test_mistakes_end_with_status_2_and_one_line(name, finished, in_process, tmp
         else:
             path.write_text(content if isinstance(content, str) else "\n".join(map(json.dumps, content)))
     monkeypatch.chdir(tmp_path)
-    quick = [flag for flag in QUICK[script] if True]
+    quick = QUICK[script]
     kept = [x for pair in zip(quick[::2], quick[1::2]) if pair[0] not in flags for x in pair]
     defaults = [] if "--dataset" in flags or "--max-length" in flags else finished[1][script][len(QUICK[script]):]
     if any(flag in flags for flag in ("--reward-fn", "--reward-model")):
