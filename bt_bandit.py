@@ -216,7 +216,7 @@ def regular(hessian: Tensor, l2: float, ties: str) -> Tensor:
 
 
 def conjugate_gradients(o: Outcomes, dd, dt, tt, gradient: Tensor, l2: float, num_items: int) -> Tensor:
-    """H^-1 gradient to a relative 1e-4 without forming H: where K is large, the pairs compared are far fewer than K^2."""
+    """H^-1 gradient to a relative 1e-3 without forming H: where K is large, the pairs compared are far fewer than K^2."""
     K, tt = num_items, tt.sum()
 
     def times(v):
@@ -230,7 +230,7 @@ def conjugate_gradients(o: Outcomes, dd, dt, tt, gradient: Tensor, l2: float, nu
     x, residual = torch.zeros_like(gradient), gradient
     scaled = direction = residual / diagonal
     for _ in range(10 * K):
-        if residual.norm() <= 1e-4 * gradient.norm():
+        if residual.norm() <= 1e-3 * gradient.norm():
             break
         image, old = times(direction), residual @ scaled
         size = old / (direction @ image)
@@ -266,7 +266,7 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
     total, norm_before = weights.sum(), math.inf
     for iteration in range(200):
         norm = gradient.norm()
-        if norm < 1e-10 or (norm < 1e-12 * total and norm > norm_before / 2):  # the second: rounding is all that is left
+        if norm < 1e-10 * min(1.0, total) or (norm < 1e-12 * total and norm > norm_before / 2):  # the second: rounding is all that is left
             break
         if K <= 2000:
             hessian = regular(assemble(pairs, *second, K), l2, ties)
@@ -284,7 +284,7 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
         x, value, gradient, second, norm_before = new_x, new_value, new_gradient, new_second, norm
     else:
         raise UserError(f"no convergence in 200 Newton steps (gradient norm {norm:.1e}): pass --l2 0.01")
-    if ties != "half" and x[K] > 15:  # with few wins each way, differences and tie parameter can run off together
+    if ties != "half" and x[K] > 10:  # odds of exp(10): with few wins each way, differences and tie parameter run off together
         raise UserError(f"--ties {ties}: no finite tie parameter fits, for want of wins in both directions: use --ties half, or pass --l2 0.01")
     loss = value - l2 / 2 * x[:K].square().sum()
     return BTFit(x[:K] - x[:K].mean(), x[K].item(), loss.item(), norm.item(), iteration)
@@ -526,11 +526,11 @@ def read_battles(path: str) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor]:
             raise UserError(f"--data {path}, row {number}: winner {outcome!r} is none of {', '.join(WINNERS)}: rename it")
         if any(name is None or name != name or str(name).strip() == "" for name in (a, b)):
             raise UserError(f"--data {path}, row {number}: an item has no name: fill it in or delete the row")
-        try:
-            mu.append(WINNERS[outcome] if battles else float(outcome))
-            weights.append(float(row.get("weight", 1.0)))
-        except (TypeError, ValueError):
-            raise UserError(f"--data {path}, row {number}: mu {outcome!r} or weight {row.get('weight', 1.0)!r} is not a number: mend it")
+        for what, value, values in (("mu", WINNERS[outcome] if battles else outcome, mu), ("weight", row.get("weight", 1.0), weights)):
+            try:
+                values.append(float(value))
+            except (TypeError, ValueError):
+                raise UserError(f"--data {path}, row {number}: {what} {value!r} is not a number: mend it or delete the row")
         first.append(str(a))
         second.append(str(b))
     names = sorted({*first, *second})
@@ -679,11 +679,16 @@ def identifiable(states_1, actions_1, states_2, actions_2) -> Tensor:
     number for each of the 13 states in reach; 3 * 13 - 13 = 26 are identified. They are the optimal advantages, so the optimal
     policies are too. With slip > 0 each row follows each (s, a) of the middle row, so psi may depend on the column only: a
     constant for each of the 5 steps is all that is lost, and 39 - 5 = 34 are identified."""
-    counts = [F.one_hot(s * ACTIONS + a, ROWS * COLUMNS * ACTIONS).sum(1) for s, a in ((states_1, actions_1), (states_2, actions_2))]
-    difference = (counts[0] - counts[1]).double()
+    difference = visit_differences(states_1, actions_1, states_2, actions_2)
     values, vectors = torch.linalg.eigh(difference.T @ difference)
     seen = vectors[:, values > 1e-9 * values.max()]
     return seen @ seen.T
+
+
+def visit_differences(states_1, actions_1, states_2, actions_2) -> Tensor:
+    """[N, S A]: how many times more often the first trajectory of a pair takes action a in state s than the second does."""
+    counts = [F.one_hot(s * ACTIONS + a, ROWS * COLUMNS * ACTIONS).sum(1) for s, a in ((states_1, actions_1), (states_2, actions_2))]
+    return (counts[0] - counts[1]).double()
 
 
 def fit_trajectory_rewards(states_1, actions_1, states_2, actions_2, mu, l2: float) -> Tensor:
@@ -699,8 +704,11 @@ def fit_trajectory_rewards(states_1, actions_1, states_2, actions_2, mu, l2: flo
         return loss
 
     optimizer.step(closure)
-    table, margin = table.detach(), 30.0
-    if l2 == 0 and table.abs().max() > margin:  # odds of exp(30) are never learned from data, only run into without a maximum
+    table, pairs = table.detach(), (states_1, actions_1, states_2, actions_2)
+    difference, seen = visit_differences(*pairs), identifiable(*pairs)
+    p = torch.sigmoid(difference @ table.flatten())
+    information = difference.T @ (difference * (p * (1 - p))[:, None]) + torch.eye(len(seen)) - seen
+    if l2 == 0 and torch.linalg.eigvalsh(information).min() < 1e-3:  # a standard error above 30 nats: running off, with no maximum
         raise UserError(f"--comparisons {len(mu)}: too few, the learned rewards have no finite maximum: give more, or pass --l2 0.01")
     return table
 
