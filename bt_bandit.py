@@ -160,9 +160,9 @@ def outcomes(i: Tensor, j: Tensor, mu: Tensor, weights: Tensor, ties: str) -> Ou
 
 def count_pairs(o: Outcomes, num_items: int) -> Outcomes:
     """The sufficient statistics: N comparisons -> the pairs that were compared, of K (K - 1) / 2, with their counts."""
-    turned = o.a > o.b
-    key = torch.where(turned, o.b * num_items + o.a, o.a * num_items + o.b)
-    sums = torch.where(turned, o.losses, o.wins), o.ties, torch.where(turned, o.wins, o.losses)
+    key = torch.minimum(o.a, o.b) * num_items + torch.maximum(o.a, o.b)
+    turned = (o.losses - o.wins) * (o.a > o.b)  # what moves to the other side where a > b
+    sums = o.wins + turned, o.ties, o.losses - turned
     if num_items**2 <= 2**24:  # a dense table of all pairs is small and fast
         sums = [torch.bincount(key, x, num_items**2) for x in sums]
         pair = sum(sums).nonzero().flatten()
@@ -183,12 +183,13 @@ def likelihood_terms(rewards: Tensor, tie: Tensor, o: Outcomes, ties: str):
         n, mean = w + t + l, (win - loss) / 2  # n times a covariance: exponents (1/2, 0, -1/2) for d, (0, 1, 0) for t
         return (-(w * log_p[0] + t * log_p[1] + l * log_p[2]).sum(), n * mean - (w - l) / 2, n * tied - t,
                 n * ((win + loss) / 4 - mean**2), -n * mean * tied, n * tied * (1 - tied))
-    # (1) is (5) with theta = 0 and no ties. In (5), P(tie) = (exp(2 theta) - 1) P(i) P(j): a tie counts as a win for each.
+    if ties == "half":
+        win, loss, none = torch.sigmoid(d), torch.sigmoid(-d), torch.zeros_like(d)  # not 1 - win, which rounds to 0 at d = 37
+        return -(w @ F.logsigmoid(d) + l @ F.logsigmoid(-d)), l * win - w * loss, none, (w + l) * win * loss, none, none
+    # Under (5), P(tie) = (exp(2 theta) - 1) P(i) P(j): a tie counts as a win for each.
     win, loss, w, l = torch.sigmoid(d - tie), torch.sigmoid(-d - tie), w + t, l + t
     value = -(w * F.logsigmoid(d - tie) + l * F.logsigmoid(-d - tie)).sum()
     g_d, h_w, h_l = l * (1 - loss) - w * (1 - win), w * win * (1 - win), l * loss * (1 - loss)
-    if ties == "half":
-        return value, g_d, torch.zeros_like(d), h_w + h_l, torch.zeros_like(d), torch.zeros_like(d)
     rest = -torch.expm1(-2 * tie)  # 1 - exp(-2 theta)
     return (value - t.sum() * torch.log(torch.expm1(2 * tie)), g_d, w * (1 - win) + l * (1 - loss) - 2 * t / rest,
             h_w + h_l, h_l - h_w, h_w + h_l + 4 * t * (1 - rest) / rest**2)
@@ -215,37 +216,41 @@ def regular(hessian: Tensor, l2: float, ties: str) -> Tensor:
     return hessian
 
 
-def conjugate_gradients(o: Outcomes, dd, dt, tt, gradient: Tensor, l2: float, num_items: int) -> Tensor:
-    """H^-1 gradient to a relative 1e-3 without forming H: where K is large, the pairs compared are far fewer than K^2."""
-    K, tt = num_items, tt.sum()
+def newton_step(o: Outcomes, dd: Tensor, dt: Tensor, tt: Tensor, gradient: Tensor, l2: float, ties: str, num_items: int) -> Tensor:
+    """H^-1 gradient, [K+1], to a relative 1e-4 or better. H is formed up to 2,000 items; above, where the pairs compared are far
+    fewer than K^2, it is applied pair by pair. Where many pairs are compared, H is well conditioned and conjugate gradients
+    (Jacobi-preconditioned) need a few products; where they need many, as in a chain of items, Cholesky does it."""
+    K = num_items
+    if K <= 2000:
+        hessian = regular(assemble(o, dd, dt, tt, K), l2, ties)
+        times, diagonal, most = hessian.matmul, hessian.diagonal(), 20 if K > 200 else 0
+    else:
+        def times(v):
+            flow = dd * (difference := v[o.a] - v[o.b]) + dt * v[K]
+            return torch.cat([torch.bincount(o.a, flow, K) - torch.bincount(o.b, flow, K) + l2 * v[:K],
+                              (dt @ difference + tt.sum() * v[K]).view(1)])
 
-    def times(v):
-        difference = v[o.a] - v[o.b]
-        flow = dd * difference + dt * v[K]
-        return torch.cat([torch.bincount(o.a, flow, K) - torch.bincount(o.b, flow, K) + l2 * v[:K],
-                          (dt @ difference + tt * v[K]).view(1)])
-
-    diagonal = torch.cat([torch.bincount(o.a, dd, K) + torch.bincount(o.b, dd, K) + l2, tt.view(1)])
-    diagonal[diagonal == 0] = 1.0
+        diagonal, most = torch.cat([torch.bincount(o.a, dd, K) + torch.bincount(o.b, dd, K) + l2, tt.sum().view(1)]), 10 * K
+        diagonal[K] += ties == "half"
     x, residual = torch.zeros_like(gradient), gradient
     scaled = direction = residual / diagonal
-    for _ in range(10 * K):
-        if residual.norm() <= 1e-3 * gradient.norm():
-            break
+    for _ in range(most):
         image, old = times(direction), residual @ scaled
         size = old / (direction @ image)
         x, residual = x + size * direction, residual - size * image
+        if residual.norm() <= 1e-4 * gradient.norm():
+            return x
         scaled = residual / diagonal
         direction = scaled + (residual @ scaled) / old * direction
-    return x
+    return torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(hessian))[:, 0] if K <= 2000 else x
 
 
 def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = "half", start=None, names=None) -> BTFit:
     """Minimise (2), or the likelihoods of (4), (5), by Newton's method on the pair counts, in float64 on the device of i.
 
-    i, j [N] items 0 ... K-1; mu [N] in [0, 1]; weights [N] > 0. Up to 2,000 items the Newton system is solved by Cholesky,
-    above by conjugate gradients. A comparison of an item with itself and the like, or data of which no finite maximum exists
-    (l2 = 0 and the graph not strongly connected, or a tie parameter without bound) raise UserError.
+    i, j [N] items 0 ... K-1; mu [N] in [0, 1]; weights [N] > 0. A comparison of an item with itself and the like, or data of
+    which no finite maximum exists (l2 = 0 and the graph not strongly connected, or a tie parameter without bound), raise
+    UserError. `start` is another fit to begin from, `names` are the items' for that message.
     """
     i, j = torch.as_tensor(i), torch.as_tensor(j)
     mu = torch.as_tensor(mu, dtype=torch.float64, device=i.device)
@@ -259,20 +264,18 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
         gradient = torch.cat([torch.bincount(pairs.a, g_d, K) - torch.bincount(pairs.b, g_d, K) + l2 * x[:K], g_t.sum().view(1)])
         return value + l2 / 2 * x[:K].square().sum(), gradient, second
 
-    x = torch.cat([mu.new_zeros(K), mu.new_tensor([1.0 if ties == "rao-kupper" else 0.0])])
-    if start is not None:
-        x = torch.cat([start.rewards, mu.new_tensor([start.tie])])
+    if start is None:  # log odds against all opponents together
+        wins, losses = (1 + pairs.ties.new_zeros(K).index_add(0, pairs.a, a).index_add(0, pairs.b, b)
+                        for a, b in ((pairs.wins, pairs.losses), (pairs.losses, pairs.wins)))
+        start = BTFit((wins / losses).log().clamp(-5, 5), 1.0 if ties == "rao-kupper" else 0.0, 0.0, 0.0, 0)
+    x = torch.cat([start.rewards - start.rewards.mean(), mu.new_tensor([start.tie])])  # steps keep the mean 0: see `regular`
     value, gradient, second = objective(x)
     total, norm_before = weights.sum(), math.inf
     for iteration in range(200):
         norm = gradient.norm()
         if norm < 1e-10 * min(1.0, total) or (norm < 1e-12 * total and norm > norm_before / 2):  # the second: rounding is all that is left
             break
-        if K <= 2000:
-            hessian = regular(assemble(pairs, *second, K), l2, ties)
-            step = torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(hessian))[:, 0]
-        else:
-            step = conjugate_gradients(pairs, *second, gradient, l2, K)
+        step = newton_step(pairs, *second, gradient, l2, ties, K)
         size, decrease = 1.0, gradient @ step
         while True:  # halve the step until it pays; theta stays positive
             new_x = x - size * step
@@ -357,7 +360,11 @@ def check_finite_maximum(pairs: Outcomes, num_items: int, l2: float, ties: str, 
     a, b, wins, tied, losses = pairs
     if l2 == 0:
         a_scored, b_scored = wins + tied > 0, losses + tied > 0  # a tie is an edge in both directions
-        component = strong_components(torch.cat([a[a_scored], b[b_scored]]), torch.cat([b[a_scored], a[b_scored]]), num_items)
+        winners, losers = torch.cat([a[a_scored], b[b_scored]]), torch.cat([b[a_scored], a[b_scored]])
+        some = slice(None, None, 1 + len(winners) // (30 * num_items))  # where a part of the edges connects all, all do
+        component = strong_components(winners[some], losers[some], num_items)
+        if component.max() > 0:
+            component = strong_components(winners, losers, num_items)
         if component.max() > 0:
             groups = [torch.nonzero(component == c).flatten().tolist() for c in component.unique().tolist()[:1000]]
             groups = sorted(groups, key=len)

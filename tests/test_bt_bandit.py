@@ -125,21 +125,30 @@ def test_standard_errors_agree(data):
 
 
 @pytest.mark.parametrize("ties", ["half", "davidson", "rao-kupper"])
-def test_conjugate_gradients_and_cholesky_agree(ties):
-    """2,100 items, fitted both ways: more than 2,000 go by conjugate gradients and by sorted pairs only above 4,096 items."""
-    _, i, j, mu = simulate(2100, 60_000, 1, tie_rate=0.2)
-    large = bt.fit_bt(i, j, mu, 2100, 0.1, ties=ties)
-    pairs = bt.count_pairs(bt.outcomes(i, j, mu, torch.ones_like(mu), ties), 2100)
-    x = torch.cat([large.rewards, torch.tensor([large.tie], dtype=f64)])
-    value, g_d, g_t, *second = bt.likelihood_terms(x[:-1], x[-1], pairs, ties)
-    gradient = torch.cat([torch.bincount(pairs.a, g_d, 2100) - torch.bincount(pairs.b, g_d, 2100) + 0.1 * x[:-1], g_t.sum().view(1)])
-    assert gradient.norm() < 1e-8 and large.gradient_norm < 1e-8
-    b = torch.randn(2101, dtype=f64)
-    b[-1] *= ties != "half"
-    b[:-1] -= b[:-1].mean()
-    dense = torch.linalg.solve(bt.regular(bt.assemble(pairs, *second, 2100), 0.1, ties), b)
-    sparse = bt.conjugate_gradients(pairs, *second, b, 0.1, 2100)
-    assert (dense - sparse).norm() < 1e-2 * dense.norm()
+@pytest.mark.parametrize("K", [250, 2100])
+def test_newton_step_without_cholesky(K, ties):
+    """250 items go by conjugate gradients on the matrix, 2,100 pair by pair: the step must solve the dense system, the fit converge."""
+    _, i, j, mu = simulate(K, 30 * K, 1, tie_rate=0.2)
+    fit = bt.fit_bt(i, j, mu, K, 0.1, ties=ties)
+    assert fit.gradient_norm < 1e-8 and fit.iterations < 12
+    pairs = bt.count_pairs(bt.outcomes(i, j, mu, torch.ones_like(mu), ties), K)
+    _, _, _, *second = bt.likelihood_terms(fit.rewards, torch.tensor(fit.tie, dtype=f64), pairs, ties)
+    gradient = torch.randn(K + 1, dtype=f64, generator=torch.Generator().manual_seed(0))
+    gradient[-1] *= ties != "half"
+    gradient[:-1] -= gradient[:-1].mean()
+    dense = torch.linalg.solve(bt.regular(bt.assemble(pairs, *second, K), 0.1, ties), gradient)
+    step = bt.newton_step(pairs, *second, gradient, 0.1, ties, K)
+    assert (dense - step).norm() < 1e-3 * dense.norm()
+
+
+def test_large_fit_equals_small_fit():
+    """The same comparisons among 5,000 items, of which the others only tied with item 0, which moves nobody."""
+    _, i, j, mu = simulate(30, 2000, 8)
+    small = bt.fit_bt(i, j, mu, 30)
+    rest = torch.arange(30, 5000)
+    large = bt.fit_bt(torch.cat([i, rest]), torch.cat([j, 0 * rest]), torch.cat([mu, torch.full((4970,), 0.5, dtype=f64)]), 5000)
+    torch.testing.assert_close(large.rewards[:30] - large.rewards[0], small.rewards - small.rewards[0], rtol=0, atol=1e-8)
+    torch.testing.assert_close(large.rewards[30:], large.rewards[:1].expand(4970), rtol=0, atol=1e-8)
 
 
 def test_counts_of_sorted_pairs_equal_counts_of_the_table():
