@@ -268,7 +268,7 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
         wins, losses = (1 + pairs.ties.new_zeros(K).index_add(0, pairs.a, a).index_add(0, pairs.b, b)
                         for a, b in ((pairs.wins, pairs.losses), (pairs.losses, pairs.wins)))
         start = BTFit((wins / losses).log().clamp(-5, 5), 1.0 if ties == "rao-kupper" else 0.0, 0.0, 0.0, 0)
-    x = torch.cat([start.rewards - start.rewards.mean(), mu.new_tensor([start.tie])])  # steps keep the mean 0: see `regular`
+    x = torch.cat([start.rewards - start.rewards.mean(), mu.new_tensor([start.tie])])
     value, gradient, second = objective(x)
     total, norm_before = weights.sum(), math.inf
     for iteration in range(200):
@@ -276,6 +276,7 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
         if norm < 1e-10 * min(1.0, total) or (norm < 1e-12 * total and norm > norm_before / 2):  # the second: rounding is all that is left
             break
         step = newton_step(pairs, *second, gradient, l2, ties, K)
+        step[:K] -= step[:K].mean()  # the optimum has mean 0, and `regular` is exact for such steps only
         size, decrease = 1.0, gradient @ step
         while True:  # halve the step until it pays; theta stays positive
             new_x = x - size * step
