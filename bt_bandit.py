@@ -158,25 +158,31 @@ def outcomes(i: Tensor, j: Tensor, mu: Tensor, weights: Tensor, ties: str) -> Ou
     return Outcomes(i, j, (weights - tied) * mu, tied, (weights - tied) * (1 - mu))
 
 
-def count_pairs(o: Outcomes, num_items: int) -> Outcomes:
+def count_pairs(i: Tensor, j: Tensor, mu: Tensor, weights: Tensor, ties: str, num_items: int) -> Outcomes:
     """The sufficient statistics: N comparisons -> the pairs that were compared, of K (K - 1) / 2, with their counts."""
-    key = torch.minimum(o.a, o.b) * num_items + torch.maximum(o.a, o.b)
-    turned = (o.losses - o.wins) * (o.a > o.b)  # what moves to the other side where a > b
-    sums = o.wins + turned, o.ties, o.losses - turned
-    if num_items**2 <= 2**24:  # a dense table of all pairs is small and fast
-        sums = [torch.bincount(key, x, num_items**2) for x in sums]
+    def number(i, j):
+        return torch.minimum(i, j) * num_items + torch.maximum(i, j)
+
+    dense, index = num_items**2 <= 2**24, i  # a small table of all pairs is faster than sorting
+    if not dense:
+        pair, index = number(i, j).unique(return_inverse=True)
+    sums = [mu.new_zeros(num_items**2 if dense else len(pair)) for _ in range(2 if ties == "half" else 3)]
+    for some, *rows in zip(*(x.split(2**15) for x in (index, i, j, mu, weights))):  # chunks that stay in the cache
+        a, b, wins, tied, losses = outcomes(*rows, ties)
+        turned = (losses - wins) * (a > b)  # what moves to the other side
+        for total, x in zip(sums, (wins + turned, losses - turned, tied)):
+            total.scatter_add_(0, number(a, b) if dense else some, x)
+    if dense:
         pair = sum(sums).nonzero().flatten()
-        sums = [x[pair] for x in sums]
-    else:
-        pair, key = key.unique(return_inverse=True)
-        sums = [torch.bincount(key, x, len(pair)) for x in sums]
-    return Outcomes(pair // num_items, pair % num_items, *sums)
+        sums = [total[pair] for total in sums]
+    wins, losses, tied = sums if len(sums) == 3 else (*sums, torch.zeros_like(sums[0]))
+    return Outcomes(pair // num_items, pair % num_items, wins, tied, losses)
 
 
 def likelihood_terms(rewards: Tensor, tie: Tensor, o: Outcomes, ties: str):
     """-> negative log-likelihood (scalar), and of each entry's share the derivatives in d = r_a - r_b and in the tie
     parameter t: g_d, g_t, h_dd, h_dt, h_tt, each [P]. It is convex in (r, t) together."""
-    d, w, t, l = rewards[o.a] - rewards[o.b], o.wins, o.ties, o.losses
+    d, w, t, l = rewards.index_select(0, o.a) - rewards.index_select(0, o.b), o.wins, o.ties, o.losses
     if ties == "davidson":
         log_p = torch.stack([d / 2, tie.expand_as(d), -d / 2]).log_softmax(0)
         win, tied, loss = log_p.exp()
@@ -198,9 +204,9 @@ def likelihood_terms(rewards: Tensor, tie: Tensor, o: Outcomes, ties: str):
 def assemble(o: Outcomes, dd: Tensor, dt: Tensor, tt: Tensor, num_items: int) -> Tensor:
     """Entries' second-order terms [P] -> the symmetric matrix over (r_1 ... r_K, t), [K+1, K+1]."""
     K, matrix = num_items, dd.new_zeros(num_items + 1, num_items + 1)
-    between = torch.bincount(o.a * K + o.b, dd, K * K).view(K, K)
-    between = between + between.T
-    matrix[:K, :K] = between.sum(1).diag() - between  # a Laplacian: rows sum to 0
+    matrix.view(-1).scatter_add_(0, o.a * (K + 1) + o.b, -dd)
+    matrix += matrix.T.clone()
+    matrix.diagonal().sub_(matrix.sum(1))  # a Laplacian: rows sum to 0
     matrix[:K, K] = matrix[K, :K] = torch.bincount(o.a, dt, K) - torch.bincount(o.b, dt, K)
     matrix[K, K] = tt.sum()
     return matrix
@@ -226,7 +232,7 @@ def newton_step(o: Outcomes, dd: Tensor, dt: Tensor, tt: Tensor, gradient: Tenso
         times, diagonal, most = hessian.matmul, hessian.diagonal(), 20 if K > 200 else 0
     else:
         def times(v):
-            flow = dd * (difference := v[o.a] - v[o.b]) + dt * v[K]
+            flow = dd * (difference := v.index_select(0, o.a) - v.index_select(0, o.b)) + dt * v[K]
             return torch.cat([torch.bincount(o.a, flow, K) - torch.bincount(o.b, flow, K) + l2 * v[:K],
                               (dt @ difference + tt.sum() * v[K]).view(1)])
 
@@ -256,13 +262,20 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
     mu = torch.as_tensor(mu, dtype=torch.float64, device=i.device)
     weights = torch.ones_like(mu) if weights is None else torch.as_tensor(weights, dtype=torch.float64, device=i.device)
     check_comparisons(i, j, mu, weights, num_items, ties)
-    pairs, K = count_pairs(outcomes(i, j, mu, weights, ties), num_items), num_items
+    pairs, K = count_pairs(i, j, mu, weights, ties, num_items), num_items
     check_finite_maximum(pairs, K, l2, ties, names)
+    parts = [Outcomes(*part) for part in zip(*(x.split(2**15) for x in pairs))]
 
     def objective(x):
-        value, g_d, g_t, *second = likelihood_terms(x[:K], x[K], pairs, ties)
-        gradient = torch.cat([torch.bincount(pairs.a, g_d, K) - torch.bincount(pairs.b, g_d, K) + l2 * x[:K], g_t.sum().view(1)])
-        return value + l2 / 2 * x[:K].square().sum(), gradient, second
+        value, second = l2 / 2 * x[:K].square().sum(), []
+        gradient = l2 * torch.cat([x[:K], 0 * x[K:]])
+        for part in parts:
+            part_value, g_d, g_t, *part_second = likelihood_terms(x[:K], x[K], part, ties)
+            value += part_value
+            gradient.scatter_add_(0, part.a, g_d).scatter_add_(0, part.b, -g_d)[K] += g_t.sum()
+            second.append(part_second)
+        dd, dt, tt = (torch.cat(terms) if ties != "half" or n == 0 else pairs.ties for n, terms in enumerate(zip(*second)))
+        return value, gradient, (dd, dt, tt)  # with no tie parameter, two times zeros
 
     if start is None:  # log odds against all opponents together
         wins, losses = (1 + pairs.ties.new_zeros(K).index_add(0, pairs.a, a).index_add(0, pairs.b, b)
@@ -358,15 +371,13 @@ def strong_components(winners: Tensor, losers: Tensor, num_items: int) -> Tensor
 
 
 def check_finite_maximum(pairs: Outcomes, num_items: int, l2: float, ties: str, names) -> None:
-    a, b, wins, tied, losses = pairs
-    if l2 == 0:
+    for step in (1 + len(pairs.a) // (30 * num_items), 1) if l2 == 0 else ():  # where a part of the pairs connects all, all do
+        a, b, wins, tied, losses = (x[::step] for x in pairs)
         a_scored, b_scored = wins + tied > 0, losses + tied > 0  # a tie is an edge in both directions
-        winners, losers = torch.cat([a[a_scored], b[b_scored]]), torch.cat([b[a_scored], a[b_scored]])
-        some = slice(None, None, 1 + len(winners) // (30 * num_items))  # where a part of the edges connects all, all do
-        component = strong_components(winners[some], losers[some], num_items)
-        if component.max() > 0:
-            component = strong_components(winners, losers, num_items)
-        if component.max() > 0:
+        component = strong_components(torch.cat([a[a_scored], b[b_scored]]), torch.cat([b[a_scored], a[b_scored]]), num_items)
+        if component.max() == 0:
+            break
+        if step == 1:
             groups = [torch.nonzero(component == c).flatten().tolist() for c in component.unique().tolist()[:1000]]
             groups = sorted(groups, key=len)
             name = names.__getitem__ if names else str
@@ -374,8 +385,9 @@ def check_finite_maximum(pairs: Outcomes, num_items: int, l2: float, ties: str, 
             told = told if len(told) <= 20 else told[:10] + ["..."] + told[-1:]
             raise UserError(f"no finite maximum: the items fall into {int(component.max()) + 1} groups between which wins go one way "
                             f"or there are none, {' '.join(told)}: pass --l2 0.01 for the regularised fit, or leave the small groups out")
-    if ties != "half" and not ((tied > 0).any() and (wins + losses > 0).any()):
-        raise UserError(f"--ties {ties}: {'all comparisons are ties' if (tied > 0).any() else 'there are no ties'}: use --ties half")
+    tied, decided = (pairs.ties > 0).any(), (pairs.wins + pairs.losses > 0).any()
+    if ties != "half" and not (tied and decided):
+        raise UserError(f"--ties {ties}: {'all comparisons are ties' if tied else 'there are no ties'}: use --ties half")
 
 
 # ------------------------------------------------------------------------------------------------------------- bandit

@@ -68,7 +68,7 @@ def test_derivatives(ties, tie):
     probabilities, which must sum to 1."""
     _, i, j, mu = simulate(5, 60, 0, tie_rate=0.3)
     weights = torch.linspace(0.5, 2, 60, dtype=f64)
-    pairs, x = bt.count_pairs(bt.outcomes(i, j, mu, weights, ties), 5), torch.cat([torch.randn(5, dtype=f64), torch.tensor([tie], dtype=f64)])
+    pairs, x = bt.count_pairs(i, j, mu, weights, ties, 5), torch.cat([torch.randn(5, dtype=f64), torch.tensor([tie], dtype=f64)])
 
     def terms(x):
         value, g_d, g_t, *second = bt.likelihood_terms(x[:5], x[5], pairs, ties)
@@ -131,7 +131,7 @@ def test_newton_step_without_cholesky(K, ties):
     _, i, j, mu = simulate(K, 30 * K, 1, tie_rate=0.2)
     fit = bt.fit_bt(i, j, mu, K, 0.1, ties=ties)
     assert fit.gradient_norm < 1e-8 and fit.iterations < 12
-    pairs = bt.count_pairs(bt.outcomes(i, j, mu, torch.ones_like(mu), ties), K)
+    pairs = bt.count_pairs(i, j, mu, torch.ones_like(mu), ties, K)
     _, _, _, *second = bt.likelihood_terms(fit.rewards, torch.tensor(fit.tie, dtype=f64), pairs, ties)
     gradient = torch.randn(K + 1, dtype=f64, generator=torch.Generator().manual_seed(0))
     gradient[-1] *= ties != "half"
@@ -153,9 +153,9 @@ def test_large_fit_equals_small_fit():
 
 def test_counts_of_sorted_pairs_equal_counts_of_the_table():
     _, i, j, mu = simulate(50, 3000, 2, tie_rate=0.2)
-    o = bt.outcomes(i, j, mu, torch.linspace(1, 2, 3000, dtype=f64), "davidson")
-    table = bt.count_pairs(o, 50)
-    far = bt.count_pairs(o._replace(a=o.a * 100, b=o.b * 100), 5000)  # too many items for a table
+    weights = torch.linspace(1, 2, 3000, dtype=f64)
+    table = bt.count_pairs(i, j, mu, weights, "davidson", 50)
+    far = bt.count_pairs(i * 100, j * 100, mu, weights, "davidson", 5000)  # too many items for a table
     assert torch.equal(table.a * 100, far.a) and torch.equal(table.b * 100, far.b)
     for x, y in zip(table[2:], far[2:]):
         torch.testing.assert_close(x, y)
