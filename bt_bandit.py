@@ -173,8 +173,8 @@ def count_pairs(i: Tensor, j: Tensor, mu: Tensor, weights: Tensor, ties: str, nu
         for total, x in zip(sums, (wins + turned, losses - turned, tied)):
             total.scatter_add_(0, number(a, b) if dense else some, x)
     if dense:
-        pair = sum(sums).nonzero().flatten()
-        sums = [total[pair] for total in sums]
+        pair = sum(sums[1:], sums[0]).nonzero().flatten()
+        sums = [total.index_select(0, pair) for total in sums]
     wins, losses, tied = sums if len(sums) == 3 else (*sums, torch.zeros_like(sums[0]))
     return Outcomes(pair // num_items, pair % num_items, wins, tied, losses)
 
@@ -191,7 +191,7 @@ def likelihood_terms(rewards: Tensor, tie: Tensor, o: Outcomes, ties: str):
                 n * ((win + loss) / 4 - mean**2), -n * mean * tied, n * tied * (1 - tied))
     if ties == "half":
         win, loss, none = torch.sigmoid(d), torch.sigmoid(-d), torch.zeros_like(d)  # not 1 - win, which rounds to 0 at d = 37
-        return -(w @ F.logsigmoid(d) + l @ F.logsigmoid(-d)), l * win - w * loss, none, (w + l) * win * loss, none, none
+        return l @ d - (w + l) @ F.logsigmoid(d), l * win - w * loss, none, (w + l) * win * loss, none, none
     # Under (5), P(tie) = (exp(2 theta) - 1) P(i) P(j): a tie counts as a win for each.
     win, loss, w, l = torch.sigmoid(d - tie), torch.sigmoid(-d - tie), w + t, l + t
     value = -(w * F.logsigmoid(d - tie) + l * F.logsigmoid(-d - tie)).sum()
@@ -207,8 +207,9 @@ def assemble(o: Outcomes, dd: Tensor, dt: Tensor, tt: Tensor, num_items: int) ->
     matrix.view(-1).scatter_add_(0, o.a * (K + 1) + o.b, -dd)
     matrix += matrix.T.clone()
     matrix.diagonal().sub_(matrix.sum(1))  # a Laplacian: rows sum to 0
-    matrix[:K, K] = matrix[K, :K] = torch.bincount(o.a, dt, K) - torch.bincount(o.b, dt, K)
-    matrix[K, K] = tt.sum()
+    if dt.any() or tt.any():
+        matrix[:K, K] = matrix[K, :K] = torch.bincount(o.a, dt, K) - torch.bincount(o.b, dt, K)
+        matrix[K, K] = tt.sum()
     return matrix
 
 
@@ -223,20 +224,20 @@ def regular(hessian: Tensor, l2: float, ties: str) -> Tensor:
 
 
 def newton_step(o: Outcomes, dd: Tensor, dt: Tensor, tt: Tensor, gradient: Tensor, l2: float, ties: str, num_items: int) -> Tensor:
-    """H^-1 gradient, [K+1], to a relative 1e-4 or better. H is formed up to 2,000 items; above, where the pairs compared are far
+    """H^-1 gradient, [K+1], accurately enough for the next step. H is formed up to 2,000 items; above, where the pairs compared are far
     fewer than K^2, it is applied pair by pair. Where many pairs are compared, H is well conditioned and conjugate gradients
     (Jacobi-preconditioned) need a few products; where they need many, as in a chain of items, Cholesky does it."""
     K = num_items
     if K <= 2000:
         hessian = regular(assemble(o, dd, dt, tt, K), l2, ties)
-        times, diagonal, most = hessian.matmul, hessian.diagonal(), 20 if K > 200 else 0
+        times, diagonal, most, accuracy = hessian.matmul, hessian.diagonal(), 20 if K > 200 else 0, 1e-6
     else:
         def times(v):
             flow = dd * (difference := v.index_select(0, o.a) - v.index_select(0, o.b)) + dt * v[K]
             return torch.cat([torch.bincount(o.a, flow, K) - torch.bincount(o.b, flow, K) + l2 * v[:K],
                               (dt @ difference + tt.sum() * v[K]).view(1)])
 
-        diagonal, most = torch.cat([torch.bincount(o.a, dd, K) + torch.bincount(o.b, dd, K) + l2, tt.sum().view(1)]), 10 * K
+        diagonal, most, accuracy = torch.cat([torch.bincount(o.a, dd, K) + torch.bincount(o.b, dd, K) + l2, tt.sum().view(1)]), 2 * K, 1e-3
         diagonal[K] += ties == "half"
     x, residual = torch.zeros_like(gradient), gradient
     scaled = direction = residual / diagonal
@@ -244,7 +245,7 @@ def newton_step(o: Outcomes, dd: Tensor, dt: Tensor, tt: Tensor, gradient: Tenso
         image, old = times(direction), residual @ scaled
         size = old / (direction @ image)
         x, residual = x + size * direction, residual - size * image
-        if residual.norm() <= 1e-4 * gradient.norm():
+        if residual.norm() <= accuracy * gradient.norm():
             return x
         scaled = residual / diagonal
         direction = scaled + (residual @ scaled) / old * direction
@@ -260,7 +261,7 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
     """
     i, j = torch.as_tensor(i), torch.as_tensor(j)
     mu = torch.as_tensor(mu, dtype=torch.float64, device=i.device)
-    weights = torch.ones_like(mu) if weights is None else torch.as_tensor(weights, dtype=torch.float64, device=i.device)
+    weights = mu.new_ones(1).expand(len(mu)) if weights is None else torch.as_tensor(weights, dtype=torch.float64, device=i.device)
     check_comparisons(i, j, mu, weights, num_items, ties)
     pairs, K = count_pairs(i, j, mu, weights, ties, num_items), num_items
     check_finite_maximum(pairs, K, l2, ties, names)
