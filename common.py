@@ -75,7 +75,8 @@ def parse_args(args_class):
     for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_length", "eval_prompts",
                  "max_grad_norm", "max_new_tokens", "temperature", "beta", "eval_every", "save_every"):
         value = getattr(args, name, None)
-        if value is not None and not 0 < value < math.inf:
+        zero_too = name in getattr(args_class, "may_be_zero", ()) and value == 0
+        if value is not None and not 0 < value < math.inf and not zero_too:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number greater than 0")
     return args
 
@@ -566,8 +567,8 @@ def reward_from_function(spec: str):
         completions = [as_answer(p, c) for p, c in zip(prompts, completions)]
         try:
             rewards = call(prompts, completions, rows)
-        except Exception:
-            where = ""
+        except Exception as whole_error:  # which none of them need raise alone
+            error, where = whole_error, ""
             for p, c, row in zip(prompts, completions, rows):  # which one was it?
                 try:
                     call([p], [c], [row])
