@@ -164,11 +164,12 @@ def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
 LOGITS_AT_ONCE = 2**26  # elements of [rows, vocabulary] alive at a time: 256 MB in fp32
 
 
-def token_logprobs(model, input_ids, attention_mask, completion_mask, temperature=1.0):
+def token_logprobs(model, input_ids, attention_mask, completion_mask, temperature=1.0, cache=None):
     """log p(token t | tokens < t) at the given temperature, for completion tokens -> [B, T] fp32, 0 elsewhere.
 
     input_ids, completion_mask [B, T]. attention_mask [B, T] may be None for rows padded on the right: causal attention
     then needs no mask, and the fast kernel is used. With a mask, positions count from each row's first real token.
+    cache: of what the rows continue, if anything; attention_mask [B, cached + T] then covers both.
 
     Logits exist only where a completion token is predicted, and only LOGITS_AT_ONCE of them at a time: a pre-hook takes
     the hidden states away from the model's head, which is then applied to the wanted ones, chunk by chunk, and again in
@@ -185,11 +186,13 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
 
     kwargs = {}
     if attention_mask is not None:
-        kwargs = {"attention_mask": attention_mask, "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1]:]
+        kwargs = {"attention_mask": attention_mask, "position_ids": positions}
     hook = head.register_forward_pre_hook(take_hidden_states)
     try:
         with autocast(model):
-            own_logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits[0, 0]  # [V]
+            own_logits = model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None,
+                               **kwargs).logits[0, 0]  # [V]
     finally:
         hook.remove()
     if not getattr(model, "head_is_checked", False):

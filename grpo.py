@@ -37,10 +37,11 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
+from transformers import DynamicCache
 
-from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_prompt, evaluate_policy, generate,
+from common import (ASSETS, Run, UserError, autocast, batches, column, encode_all, encode_prompt, evaluate_policy, generate,
                     hold_out, learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, make_row,
-                    max_row_length, mean_and_se, micro_batches, print_table, progress_bar, prompts_that_fit, report, run_script,
+                    max_row_length, mean_and_se, micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit, report, run_script,
                     save_model, token_logprobs)
 
 
@@ -216,21 +217,55 @@ def rows_to_learn_from(advantages, mask, beta) -> list[int]:
     return (mask.any(1) & ((advantages != 0) | (beta > 0))).nonzero().flatten().tolist() or [0]
 
 
+def completion_logprobs(model, rollout, rows, temperature):
+    """token_logprobs of these rows of the rollout -> [b, T]. As in generate, each prompt is encoded once and its cache
+    copied to its completions: gradients flow back through the copies."""
+    if model.training:  # only under --gradient-checkpointing, which recomputes and so cannot fill a cache
+        return token_logprobs(model, rollout.input_ids[rows], None, rollout.completion_mask[rows], temperature)
+    chosen = [rollout.rows[i] for i in rows]
+    starts = [mask.index(1) - 1 for _, mask in chosen]  # the prompt's last token predicts the completion's first
+    heads = {tuple(ids[:start]): None for (ids, _), start in zip(chosen, starts)}
+    longest, device = max(map(len, heads)), model.device
+    tails, tail_mask = pad_rows([(ids[start:], mask[start:]) for (ids, mask), start in zip(chosen, starts)], device)
+    cache, attention_mask = None, None
+    if longest:
+        number = {head: i for i, head in enumerate(heads)}
+        which = torch.tensor([number[tuple(ids[:start])] for (ids, _), start in zip(chosen, starts)], device=device)
+        input_ids = torch.tensor([[0] * (longest - len(head)) + list(head) for head in heads], device=device)
+        mask = torch.tensor([[0] * (longest - len(head)) + [1] * len(head) for head in heads], device=device)
+        cache = DynamicCache(config=model.config)
+        with autocast(model):
+            model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                  past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.reorder_cache(which)
+        attention_mask = torch.cat([mask[which], torch.ones_like(tails)], 1)  # [b, longest + t]
+    logps = token_logprobs(model, tails, attention_mask, tail_mask, temperature, cache)  # [b, t]
+    wanted = rollout.completion_mask[rows].bool()
+    return torch.zeros(wanted.shape, device=device).masked_scatter(wanted, logps[tail_mask.bool()])
+
+
+def groups_of_rows(rollout, rows, args) -> list[list[int]]:
+    """Micro-batches, each prompt's completions side by side."""
+    longest = {}
+    prompts = [tuple(ids[:mask.index(1)]) for ids, mask in (rollout.rows[i] for i in rows)]
+    for prompt, i in zip(prompts, rows):
+        longest[prompt] = max(longest.get(prompt, 0), len(rollout.rows[i][0]))
+    return [[rows[j] for j in group]
+            for group in micro_batches([longest[prompt] for prompt in prompts], args.micro_batch_size)]
+
+
 def add_gradients(model, rollout, mask, advantages, old_logps, ref_logps, rows, total, args):
     """Add the gradient of the loss of these rows of the rollout, micro-batch by micro-batch -> loss, logps [B, T].
 
     old_logps None: the policy still is the one that sampled, and its own log-probabilities are the old ones. The ratio
     is then exactly 1, which the rollout's log-probabilities, computed token by token, would miss by rounding."""
-    loss, all_logps, lengths = 0.0, torch.zeros_like(rollout.logps), [len(rollout.rows[i][0]) for i in rows]
-    for group in micro_batches(lengths, args.micro_batch_size):
-        width, group = max(lengths[i] for i in group), [rows[i] for i in group]
-        logps = token_logprobs(model, rollout.input_ids[group, :width], None, rollout.completion_mask[group, :width],
-                               args.temperature)  # [b, t]
-        all_logps[group, :width] = logps.detach()
+    loss, all_logps = 0.0, torch.zeros_like(rollout.logps)
+    for group in groups_of_rows(rollout, rows, args):
+        logps = completion_logprobs(model, rollout, group, args.temperature)  # [b, T]
+        all_logps[group] = logps.detach()
         part = grpo_loss(
-            logps, logps.detach() if old_logps is None else old_logps[group, :width], ref_logps[group, :width],
-            advantages[group], mask[group, :width], args.beta, args.clip_low, args.clip_high, args.loss_type,
-            args.ratio, args.kl_correction, total
+            logps, logps.detach() if old_logps is None else old_logps[group], ref_logps[group], advantages[group],
+            mask[group], args.beta, args.clip_low, args.clip_high, args.loss_type, args.ratio, args.kl_correction, total
         )
         part.backward()
         loss = loss + part.detach()
@@ -250,11 +285,8 @@ def ratio_metrics(logps, old_logps, advantages, mask, args) -> dict:
 def reference_logprobs(reference, rollout, args) -> torch.Tensor:
     """[B, T]; zeros where there is no reference."""
     logps = torch.zeros_like(rollout.logps)
-    lengths = [len(ids) for ids, _ in rollout.rows]
-    for group in micro_batches(lengths, args.micro_batch_size) if reference else ():
-        width = max(lengths[i] for i in group)
-        input_ids, mask = rollout.input_ids[group, :width], rollout.completion_mask[group, :width]
-        logps[group, :width] = token_logprobs(reference, input_ids, None, mask, args.temperature)
+    for group in groups_of_rows(rollout, list(range(len(logps))), args) if reference else ():
+        logps[group] = completion_logprobs(reference, rollout, group, args.temperature)
     return logps
 
 
