@@ -218,11 +218,13 @@ def rows_to_learn_from(advantages, mask, beta) -> list[int]:
 
 
 def completion_logprobs(model, rollout, rows, temperature):
-    """token_logprobs of these rows of the rollout -> [b, T]. As in generate, each prompt is encoded once and its cache
-    copied to its completions: gradients flow back through the copies."""
+    """token_logprobs of these rows of the rollout -> [b, T]. Equal completions are computed once; and, as in generate,
+    each prompt is encoded once and its cache copied to its completions. Gradients flow back through the copies."""
     if model.training:  # only under --gradient-checkpointing, which recomputes and so cannot fill a cache
         return token_logprobs(model, rollout.input_ids[rows], None, rollout.completion_mask[rows], temperature)
-    chosen = [rollout.rows[i] for i in rows]
+    distinct = {}  # ids -> row of the forward pass
+    copies = [distinct.setdefault(tuple(rollout.rows[i][0]), len(distinct)) for i in rows]
+    chosen = [rollout.rows[rows[copies.index(n)]] for n in range(len(distinct))]
     starts = [mask.index(1) - 1 for _, mask in chosen]  # the prompt's last token predicts the completion's first
     heads = {tuple(ids[:start]): None for (ids, _), start in zip(chosen, starts)}
     longest, device = max(map(len, heads)), model.device
@@ -240,8 +242,8 @@ def completion_logprobs(model, rollout, rows, temperature):
         cache.reorder_cache(which)
         attention_mask = torch.cat([mask[which], torch.ones_like(tails)], 1)  # [b, longest + t]
     logps = token_logprobs(model, tails, attention_mask, tail_mask, temperature, cache)  # [b, t]
-    wanted = rollout.completion_mask[rows].bool()
-    return torch.zeros(wanted.shape, device=device).masked_scatter(wanted, logps[tail_mask.bool()])
+    wanted, copies = rollout.completion_mask[rows].bool(), torch.tensor(copies, device=device)
+    return torch.zeros(wanted.shape, device=device).masked_scatter(wanted, logps[copies][tail_mask[copies].bool()])
 
 
 def groups_of_rows(rollout, rows, args) -> list[list[int]]:
