@@ -75,7 +75,8 @@ def parse_args(args_class):
     for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_length", "eval_prompts",
                  "max_grad_norm", "max_new_tokens", "temperature", "beta", "eval_every", "save_every"):
         value = getattr(args, name, None)
-        if value is not None and not 0 < value < math.inf:
+        zero_too = name in getattr(args_class, "may_be_zero", ()) and value == 0
+        if value is not None and not 0 < value < math.inf and not zero_too:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number greater than 0")
     return args
 
@@ -166,11 +167,12 @@ def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
 LOGITS_AT_ONCE = 2**26  # elements of [rows, vocabulary] alive at a time: 256 MB in fp32
 
 
-def token_logprobs(model, input_ids, attention_mask, completion_mask, temperature=1.0):
+def token_logprobs(model, input_ids, attention_mask, completion_mask, temperature=1.0, cache=None):
     """log p(token t | tokens < t) at the given temperature, for completion tokens -> [B, T] fp32, 0 elsewhere.
 
     input_ids, completion_mask [B, T]. attention_mask [B, T] may be None for rows padded on the right: causal attention
     then needs no mask, and the fast kernel is used. With a mask, positions count from each row's first real token.
+    cache: of what the rows continue, if anything; attention_mask [B, cached + T] then covers both.
 
     Logits exist only where a completion token is predicted, and only LOGITS_AT_ONCE of them at a time: a pre-hook takes
     the hidden states away from the model's head, which is then applied to the wanted ones, chunk by chunk, and again in
@@ -187,11 +189,13 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
 
     kwargs = {}
     if attention_mask is not None:
-        kwargs = {"attention_mask": attention_mask, "position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1]:]
+        kwargs = {"attention_mask": attention_mask, "position_ids": positions}
     hook = head.register_forward_pre_hook(take_hidden_states)
     try:
         with autocast(model):
-            own_logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits[0, 0]  # [V]
+            own_logits = model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None,
+                               **kwargs).logits[0, 0]  # [V]
     finally:
         hook.remove()
     if not getattr(model, "head_is_checked", False):
@@ -569,8 +573,8 @@ def reward_from_function(spec: str):
         completions = [as_answer(p, c) for p, c in zip(prompts, completions)]
         try:
             rewards = call(prompts, completions, rows)
-        except Exception:
-            where = ""
+        except Exception as whole_error:  # which none of them need raise alone
+            error, where = whole_error, ""
             for p, c, row in zip(prompts, completions, rows):  # which one was it?
                 try:
                     call([p], [c], [row])

@@ -49,3 +49,21 @@ def sentiment(prompts, completions, **columns) -> list[float]:
 def correct_sum(prompts, completions, answer, **columns) -> list[float]:
     """1 where the completion is the number in the `answer` column and nothing else, else 0."""
     return [float(text.strip() == right) for text, right in zip(completions, answer)]
+
+
+def final_number(prompts, completions, answer, **columns) -> list[float]:
+    """1 where the completion's final number equals that of the `answer` column, else 0: GSM8K, "... #### 42".
+
+    The final number is the one after the last "####", else the last one. 1,234 and 1234.0 and $1234 are equal.
+    """
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    numbers = [(last_number(text), last_number(right)) for text, right in zip(texts, answer)]
+    return [float(number is not None and number == right) for number, right in numbers]
+
+
+def last_number(text: str) -> float | None:
+    before, mark, after = text.rpartition("####")
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", after)
+    if not numbers:
+        return None
+    return float(numbers[0 if mark else -1].replace(",", ""))
