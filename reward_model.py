@@ -36,11 +36,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSequenceClassification
 
 from common import (ASSETS, Run, UserError, autocast, batches, column, comparison, encode_all, encode_row, hold_out,
                     learning_rate_at, load_model, load_rows, load_tokenizer, max_row_length, micro_batches, pad_rows,
                     print_table, progress_bar, reward_from_function, run_script, save_model)
+
+from transformers import AutoModelForSequenceClassification  # after common, which keeps transformers quiet
 
 
 @dataclass
@@ -385,8 +386,8 @@ def report(evaluation, samples, rewards, gold, sizes, eval_rows) -> None:
     print_table(calibration(differences)[1])
     print(f"\nby {what}:")
     print_table(by_margin(differences, margins))
-    print(f"\n{len(differences)} held-out pairs; {1:.0%}")
-    print_table([list(evaluation), list(evaluation.values())])
+    print(f"\n{len(differences)} held-out pairs; bayes: what the true probabilities would score:")
+    print_table([["", *(list(evaluation))], ["trained", *evaluation.values()]])
 
 
 if __name__ == "__main__":
