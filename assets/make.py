@@ -1,13 +1,15 @@
 """Build the embedded world: two small languages whose truth is known, and the tiny models that speak them.
 
-    python assets/make.py             # everything, in this order: about 45 minutes on 2 CPU cores
-    python assets/make.py base        # one stage: text | base | sft | samples
+    python assets/make.py             # everything, in this order: about half an hour on 2 CPU cores
+    python assets/make.py base        # one stage: text | base | sft | samples | rm | frontier
 
 * text     demonstrations, prompts, sums and the tokenizer, from the grammar below and one seed
 * base     tiny-base: a 0.9M-parameter Llama pretrained on a loose mix of both languages, and stopped half competent
 * sft      tiny-sft: what `python sft.py` makes of tiny-base, with no flag at all
 * samples  comparisons, rankings and battles: samples of tiny-sft, judged by the gold reward (assets/rewards.py)
            through the Bradley-Terry model, p(a > b) = sigma(r(a) - r(b)), so the judgements are noisy
+* rm       tiny-rm: what `python reward_model.py` makes of tiny-sft and the comparisons, with no flag
+* frontier the best gold reward that any policy can reach at each KL from tiny-sft
 
 The two languages:
 
@@ -242,11 +244,16 @@ def make_sft() -> None:
     keep_model_files(ASSETS / "tiny-sft")
 
 
+def make_rm() -> None:
+    subprocess.run([sys.executable, ASSETS.parent / "reward_model.py", "--output-dir", ASSETS / "tiny-rm"], check=True)
+    keep_model_files(ASSETS / "tiny-rm")
+
+
 def keep_model_files(directory: Path) -> None:
     """Drop what a run writes beside the model."""
     shutil.rmtree(directory / "checkpoint")
     for name in ("args.json", "metrics.jsonl", "samples.jsonl", "results.json"):
-        (directory / name).unlink()
+        (directory / name).unlink(missing_ok=True)
 
 
 def make_samples() -> None:
@@ -367,7 +374,8 @@ def make_frontier() -> None:
     (ASSETS / "frontier.json").write_text(json.dumps({"reward_ref": reward_ref, "points": points}, indent=0) + "\n")
 
 
-STAGES = {"text": make_text, "base": make_base, "sft": make_sft, "samples": make_samples, "frontier": make_frontier}
+STAGES = {"text": make_text, "base": make_base, "sft": make_sft, "samples": make_samples, "rm": make_rm,
+          "frontier": make_frontier}
 
 if __name__ == "__main__":
     for stage in sys.argv[1:] or STAGES:
