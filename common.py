@@ -11,6 +11,7 @@ Nothing here is algorithmic. Conventions, for all of it:
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -191,11 +192,11 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
     if attention_mask is not None:
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1]:]
         kwargs = {"attention_mask": attention_mask, "position_ids": positions}
+    kwargs |= {"use_cache": False} if cache is None else cache_arguments(model, cache)
     hook = head.register_forward_pre_hook(take_hidden_states)
     try:
         with autocast(model):
-            own_logits = model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None,
-                               **kwargs).logits[0, 0]  # [V]
+            own_logits = model(input_ids=input_ids, **kwargs).logits[0, 0]  # [V]
     finally:
         hook.remove()
     if not getattr(model, "head_is_checked", False):
@@ -227,6 +228,12 @@ def logits_of(model, hidden):
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def cache_arguments(model, cache) -> dict:
+    """A cache for forward(), which calls it `cache` since transformers 5.24 and called it `past_key_values` before."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
 
 
 def pad_rows(rows: list[tuple[list[int], list[int]]], device="cpu"):
@@ -311,8 +318,9 @@ def sample_rows(model, prompts, num_samples, max_new_tokens, temperature, stops)
     input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
+    with_cache = cache_arguments(model, cache)
     out = model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache, use_cache=True, logits_to_keep=1)
+                logits_to_keep=1, **with_cache)
     row = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
     cache.reorder_cache(row)  # each prompt's keys and values, once for each of its samples
     logits, mask = out.logits[row, -1], mask[row]
@@ -336,7 +344,7 @@ def sample_rows(model, prompts, num_samples, max_new_tokens, temperature, stops)
             live, token, mask, running = live[keep], token[keep], mask[keep], running[keep]
         mask = F.pad(mask, (0, 1), value=1)
         out = model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                    past_key_values=cache, use_cache=True)
+                    **with_cache)
         logits = out.logits[:, -1]
     return tokens, logps, lengths
 

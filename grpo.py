@@ -39,7 +39,7 @@ from typing import ClassVar, Literal
 import torch
 from transformers import DynamicCache
 
-from common import (ASSETS, Run, UserError, autocast, batches, column, encode_all, encode_prompt, evaluate_policy, generate,
+from common import (ASSETS, Run, UserError, autocast, batches, cache_arguments, column, encode_all, encode_prompt, evaluate_policy, generate,
                     hold_out, learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, make_row,
                     max_row_length, mean_and_se, micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit, report, run_script,
                     save_model, token_logprobs)
@@ -238,7 +238,7 @@ def completion_logprobs(model, rollout, rows, temperature):
         cache = DynamicCache(config=model.config)
         with autocast(model):
             model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                  past_key_values=cache, use_cache=True, logits_to_keep=1)
+                  logits_to_keep=1, **cache_arguments(model, cache))
         cache.reorder_cache(which)
         attention_mask = torch.cat([mask[which], torch.ones_like(tails)], 1)  # [b, longest + t]
     logps = token_logprobs(model, tails, attention_mask, tail_mask, temperature, cache)  # [b, t]
