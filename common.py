@@ -374,7 +374,7 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
         ids = tokenizer(prompt).input_ids
         ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers add an EOS
     else:
-        ids = chat_ids(tokenizer, prompt, add_generation_prompt=True)
+        ids = from_template(tokenizer, prompt, add_generation_prompt=True, tokenize=True)
     return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
 
 
@@ -400,33 +400,40 @@ def encode_continuation(tokenizer, text: str) -> list[int]:
 def encode_conversation(tokenizer, messages, stops: list[int], first: int = 0) -> tuple[list[int], list[int]]:
     """-> (ids, mask): 1 on what the assistant says in messages[first:], from the end of the generation prompt up to and
     including the stop token (the newline that many templates write after it was never generated)."""
-    ids, mask = chat_ids(tokenizer, messages), []
+    ids, mask, text = [], [], ""
     for turn in range(first, len(messages)):
         if messages[turn]["role"] != "assistant":
             continue
-        before = chat_ids(tokenizer, messages[:turn], add_generation_prompt=True)
-        until = chat_ids(tokenizer, messages[:turn + 1])
-        if ids[:len(before)] != before or ids[:len(until)] != until:
+        before = from_template(tokenizer, messages[:turn], add_generation_prompt=True)
+        until = from_template(tokenizer, messages[:turn + 1])
+        if not (before.startswith(text) and until.startswith(before)):
             raise UserError("the chat template writes earlier turns differently once an answer follows: give a "
                             "--chat-template whose text only grows")
-        end = next((t + 1 for t in range(len(before), len(until)) if ids[t] in stops), len(until))
-        mask += [0] * (len(before) - len(mask)) + [1] * (end - len(before))
-    ids = ids[:len(mask)]
-    return (ids, mask) if ids and ids[-1] in stops else (ids + [tokenizer.eos_token_id], mask + [1])
+        prompt = encode_continuation(tokenizer, before[len(text):]) if ids else encode_prompt(tokenizer, messages[:turn])
+        answer, text = encode_continuation(tokenizer, until[len(before):]), until
+        end = next((t + 1 for t, token in enumerate(answer) if token in stops), len(answer))
+        ids += prompt + answer
+        mask += [0] * len(prompt) + [1] * end + [0] * (len(answer) - end)
+    if 1 not in mask:
+        raise UserError("no assistant turn to learn from: delete the row")
+    end = len(mask) - mask[::-1].index(1)
+    ids, mask = ids[:end], mask[:end]
+    return (ids, mask) if ids[-1] in stops else (ids + [tokenizer.eos_token_id], mask + [1])
 
 
-def chat_ids(tokenizer, messages, add_generation_prompt=False) -> list[int]:
+def from_template(tokenizer, messages, add_generation_prompt=False, tokenize=False):
+    """A conversation through the chat template -> text, or ids."""
     if tokenizer.chat_template is None:
         raise UserError("conversations need a chat template, and the tokenizer has none: give one with --chat-template")
     if not messages:
-        return []
+        return [] if tokenize else ""
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True,
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=tokenize,
                                              return_dict=False)
     except Exception as error:  # a template raises what it likes
         if messages[0].get("role") == "system" and len(messages) > 1:  # Gemma's knows no system role
             first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            return chat_ids(tokenizer, [first, *messages[2:]], add_generation_prompt)
+            return from_template(tokenizer, [first, *messages[2:]], add_generation_prompt, tokenize)
         raise UserError(f"the chat template refuses {json.dumps(messages)[:80]} ({error}): mend row or template")
 
 

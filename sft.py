@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_conversation,
+from common import (ASSETS, Run, batches, column, encode_all, encode_conversation,
                     encode_prompt, encode_row, generate, hold_out, learning_rate_at, load_model, load_rows,
                     load_tokenizer, max_row_length, micro_batches, pad_rows, print_table, progress_bar,
                     run_script, save_model, stop_ids, token_logprobs)
@@ -93,8 +93,6 @@ def encode_demonstration(row: dict, tokenizer, stops: list[int], args: Args) -> 
         mask = [0] + [1] * (len(ids) - 1)
     else:
         ids, mask = encode_row(tokenizer, column(row, "prompt"), column(row, args.completion_column), stops)
-    if sum(mask) == 0:
-        raise UserError("no assistant turn to learn from: delete the row")
     return [(ids, [0] + [1] * (len(ids) - 1) if args.train_on_prompt else mask)]
 
 

@@ -196,7 +196,7 @@ def make_tokenizer(texts: list[str]):
     )
 
 
-def make_base(steps: int = BASE_STEPS) -> None:
+def make_base(steps: int = BASE_STEPS, layers: int = 4, width: int = 128, directory: Path = ASSETS / "tiny-base") -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -208,11 +208,11 @@ def make_base(steps: int = BASE_STEPS) -> None:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=512,
-            hidden_size=128,
-            intermediate_size=344,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=width,
+            intermediate_size=344 * width // 128,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
             max_position_embeddings=256,
             tie_word_embeddings=True,
             attention_dropout=0.0,
@@ -236,7 +236,8 @@ def make_base(steps: int = BASE_STEPS) -> None:
         optimizer.zero_grad()
         if step % 50 == 49:
             print(f"tiny-base step {step + 1}: loss {loss.item():.3f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(ASSETS / "tiny-base")
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def make_sft() -> None:

@@ -125,6 +125,27 @@ def test_templates_that_rewrite_the_past_are_refused():
         encode_prompt(byte_level(), CONVERSATION[:1])
 
 
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_no_token_spans_the_end_of_a_template_without_special_tokens(make):
+    """"... a" + "b" is one token of the whole text, and " " + "the" another; generation would never write either."""
+    tokenizer = make()
+    tokenizer.chat_template = ("{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + '\n' }}{% endfor %}"
+                               "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the wo"},
+                {"role": "user", "content": "he"}, {"role": "assistant", "content": "abc"}]
+    ids, mask = encode_conversation(tokenizer, messages, [tokenizer.eos_token_id])
+    prompt = encode_prompt(tokenizer, messages[:1])
+    assert ids[:len(prompt)] == prompt and mask[:len(prompt)] == [0] * len(prompt) and mask[len(prompt)] == 1
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "u a\na the wo\nu he\na abc\n"
+    answers = [i for i, m in zip(ids, mask) if m]
+    assert tokenizer.decode(answers, skip_special_tokens=True).split() == ["the", "wo", "abc"]
+
+
+def test_a_conversation_without_an_answer_is_refused():
+    with pytest.raises(UserError, match="no assistant turn"):
+        encode_conversation(chat_tokenizer(), CONVERSATION[:1], [0])
+
+
 # ------------------------------------------------------------------------------------------------------------------ data sets
 
 
