@@ -209,7 +209,7 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
     def chunk_logprobs(hidden, targets):  # [n, D], [n] -> [n]
         with autocast(model):
             logits = logits_of(model, hidden)
-        return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
+        return TargetLogprobs.apply(logits.float(), targets, temperature)
 
     hidden, targets = states[0][:, :-1][wanted[:, 1:]], input_ids[:, 1:][wanted[:, 1:]]  # [N, D], [N]
     rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
@@ -221,11 +221,33 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
     return torch.zeros(input_ids.shape, device=logps.device).masked_scatter(wanted, logps)
 
 
+class TargetLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost: its
+    gradient, (1 at the target - softmax) / temperature, too. Each further [n, V] would take longer than its arithmetic."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        logits = logits.detach()  # no operation of logits_of() reads its own result in the backward pass
+        if temperature != 1:
+            logits.div_(temperature)
+        torch.log_softmax(logits, 1, out=logits)
+        ctx.temperature = temperature
+        ctx.save_for_backward(logits, targets)
+        return logits.gather(1, targets[:, None]).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient):  # [n]
+        logps, targets = ctx.saved_tensors
+        gradient = gradient[:, None] / ctx.temperature
+        return logps.exp_().mul_(-gradient).scatter_add_(1, targets[:, None], gradient), None, None
+
+
 def logits_of(model, hidden):
     """The head on [..., D], then what the architecture does to its logits -> [..., V]."""
     logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)  # Cohere, Granite
+    logits = logits * scale if scale else logits
+    logits = logits / divisor if divisor else logits
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -117,7 +117,7 @@ def peak_mb() -> float:  # not ru_maxrss, which a process inherits from the one 
 
 
 class Clock:
-    """When each AdamW step of this process ended, and the peak memory by then."""
+    """When each AdamW step of this process ended, in wall-clock and in processor seconds, and the peak memory by then."""
 
     def __init__(self):
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -125,11 +125,14 @@ class Clock:
         register_optimizer_step_post_hook(self.tick)
 
     def tick(self, *_):
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
         self.peak_mb = peak_mb()
 
-    def seconds(self) -> float:
-        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+    def result(self, before=(0.0, 0.0)) -> dict:
+        """Means of an update; `before`: what it needed before training."""
+        seconds, cpu_seconds = ((last - first) / (len(self.times) - 2) + earlier
+                                for first, last, earlier in zip(self.times[1], self.times[-1], before))
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": self.peak_mb}
 
 
 def run_ours(stage: str, shape: str, where: Path, updates: int) -> dict:
@@ -142,16 +145,16 @@ def run_ours(stage: str, shape: str, where: Path, updates: int) -> dict:
                       eval_samples=2, reward_fn=[reward_spec(shape)])
     elif stage != "reward":
         flags |= dict(max_new_tokens=NEW_TOKENS[shape])
-    reference_seconds = []
+    reference = []  # seconds and processor seconds an update
     if stage == "dpo":
         all_pair_logprobs = script.all_pair_logprobs
 
         def timed(model, pairs, args):
-            if not reference_seconds:
+            if not reference:
                 all_pair_logprobs(model, pairs[:4], args)  # the first call of a process pays for loading kernels
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             logps = all_pair_logprobs(model, pairs, args)
-            reference_seconds.append(time.perf_counter() - began)
+            reference.append(((time.perf_counter() - began) / updates, (time.process_time() - cpu_began) / updates))
             return logps
 
         script.all_pair_logprobs = timed
@@ -159,9 +162,7 @@ def run_ours(stage: str, shape: str, where: Path, updates: int) -> dict:
     script.main(script.Args(**flags))
     lines = [json.loads(line) for line in (where / "ours" / "metrics.jsonl").read_text().splitlines()]
     first, *others = [line for line in lines if "grad_norm" in line]
-    return {"seconds": clock.seconds() + (reference_seconds[0] / updates if stage == "dpo" else 0), "peak_mb": clock.peak_mb,
-            "loss": first["loss"], "chosen_logps": first.get("chosen_logps"),
-            "length": statistics.mean(line.get("length", 0) for line in others)}
+    return {**clock.result(*reference[:1]), "loss": first["loss"], "chosen_logps": first.get("chosen_logps"), "length": statistics.mean(line.get("length", 0) for line in others)}
 
 
 def run_trl(stage: str, shape: str, where: Path, updates: int, labelled_only: bool) -> dict:
@@ -197,7 +198,7 @@ def run_trl(stage: str, shape: str, where: Path, updates: int, labelled_only: bo
     clock = Clock()
     trainer.train()
     first = trainer.state.log_history[0]
-    return {"seconds": clock.seconds(), "peak_mb": clock.peak_mb, "loss": first["loss"], "chosen_logps": first.get("logps/chosen")}
+    return {**clock.result(), "loss": first["loss"], "chosen_logps": first.get("logps/chosen")}
 
 
 def gemm_rate() -> dict:
@@ -274,19 +275,21 @@ def measure(stage: str, shape: str, args, temporary: str) -> dict:
     def median(side, key):
         return statistics.median(run[key] for run in runs[side])
 
-    def ratios(side):
-        return [theirs["seconds"] / ours["seconds"] for ours, theirs in zip(runs["ours"], runs[side])]
+    def ratios(side, key="seconds"):
+        return [theirs[key] / ours[key] for ours, theirs in zip(runs["ours"], runs[side])]
 
     flops, tokens = necessary(stage, where, median("ours", "length"))
     samples = BATCH[shape][stage] * (GROUP[shape] if stage == "grpo" else 1)
     row = {"stage": stage, "shape": shape, "device": f"cpu, {args.threads} threads", "ratio": statistics.median(ratios("trl")),
-           "ratio_low": min(ratios("trl")), "ratio_high": max(ratios("trl"))}
+           "ratio_low": min(ratios("trl")), "ratio_high": max(ratios("trl")),
+           "cpu_ratio": statistics.median(ratios("trl", "cpu_seconds"))}
     for side, name in zip(args.sides, ("ours", "theirs", "theirs_labelled")):
         row |= {name: samples / median(side, "seconds"), f"tokens_per_s_{name}": tokens / updates / median(side, "seconds"),
-                f"seconds_{name}": median(side, "seconds"), f"peak_mb_{name}": median(side, "peak_mb"),
+                f"seconds_{name}": median(side, "seconds"), f"cpu_seconds_{name}": median(side, "cpu_seconds"), f"peak_mb_{name}": median(side, "peak_mb"),
                 f"share_of_peak_{name}": flops / updates / median(side, "seconds") / statistics.median(rates)}
     if "trl_labelled" in args.sides:
         row["ratio_labelled"] = statistics.median(ratios("trl_labelled"))
+        row["cpu_ratio_labelled"] = statistics.median(ratios("trl_labelled", "cpu_seconds"))
     return row | {"gemm_gflops": statistics.median(rates) / 1e9, "samples_an_update": samples, "repeats": args.repeats,
                   "updates": args.updates}
 
