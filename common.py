@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -168,12 +169,11 @@ def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
 LOGITS_AT_ONCE = 2**26  # elements of [rows, vocabulary] alive at a time: 256 MB in fp32
 
 
-def token_logprobs(model, input_ids, attention_mask, completion_mask, temperature=1.0, cache=None):
+def token_logprobs(model, input_ids, attention_mask, completion_mask, temperature=1.0):
     """log p(token t | tokens < t) at the given temperature, for completion tokens -> [B, T] fp32, 0 elsewhere.
 
-    input_ids, completion_mask [B, T]. attention_mask [B, T] may be None for rows padded on the right: causal attention
-    then needs no mask, and the fast kernel is used. With a mask, positions count from each row's first real token.
-    cache: of what the rows continue, if anything; attention_mask [B, cached + T] then covers both.
+    input_ids, completion_mask [B, T]. attention_mask [B, T] may be None for rows padded on the right: they are then
+    packed (see packed_rows), which is faster. With a mask, positions count from each row's first real token.
 
     Logits exist only where a completion token is predicted, and only LOGITS_AT_ONCE of them at a time: a pre-hook takes
     the hidden states away from the model's head, which is then applied to the wanted ones, chunk by chunk, and again in
@@ -188,15 +188,11 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
         states.append(inputs[0])
         return (inputs[0][:1, :1],)
 
-    kwargs = {}
-    if attention_mask is not None:
-        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1]:]
-        kwargs = {"attention_mask": attention_mask, "position_ids": positions}
-    kwargs |= {"use_cache": False} if cache is None else cache_arguments(model, cache)
+    needed = wanted.flip(1).cumsum(1).flip(1) > wanted.long()  # a wanted token comes after
     hook = head.register_forward_pre_hook(take_hidden_states)
     try:
-        with autocast(model):
-            own_logits = model(input_ids=input_ids, **kwargs).logits[0, 0]  # [V]
+        with packed_rows(model, input_ids, needed, attention_mask) as (inputs, place), autocast(model):
+            own_logits = model(**inputs).logits[0, 0]  # [V]
     finally:
         hook.remove()
     if not getattr(model, "head_is_checked", False):
@@ -209,9 +205,10 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
     def chunk_logprobs(hidden, targets):  # [n, D], [n] -> [n]
         with autocast(model):
             logits = logits_of(model, hidden)
-        return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
+        return TargetLogprobs.apply(logits.float(), targets, temperature)
 
-    hidden, targets = states[0][:, :-1][wanted[:, 1:]], input_ids[:, 1:][wanted[:, 1:]]  # [N, D], [N]
+    hidden = F.embedding(place[:, :-1][wanted[:, 1:]], states[0].flatten(0, 1))  # [N, D]: what predicts the targets
+    targets = input_ids[wanted]  # [N]
     rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     if len(targets) <= rows:
         logps = chunk_logprobs(hidden, targets)
@@ -221,11 +218,90 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
     return torch.zeros(input_ids.shape, device=logps.device).masked_scatter(wanted, logps)
 
 
+@contextlib.contextmanager
+def packed_rows(model, input_ids, needed, attention_mask=None):
+    """-> (forward's arguments, place [B, T]: where each needed token's state stands in the flattened [B * T, D] result).
+
+    Rows [B, T] are packed into one, [1, N]: without their padding, and a start that is equal to the row's before (the
+    prompt of a pair, of a group) only once. Attention alone sees rows, [B, T] again; all else in a transformer works
+    token by token. Values and gradients stay the same. Rows stay rows where there is a mask, under gradient
+    checkpointing, beyond a sliding window, and where an architecture mixes tokens otherwise (tried once).
+    """
+    (B, T), config = input_ids.shape, model.config.get_text_config()
+    windows = [getattr(config, name, None) or T for name in ("sliding_window", "attention_chunk_size")]
+    if attention_mask is not None or model.training or T > min(windows) or not can_pack(model):
+        inputs = {"input_ids": input_ids, "use_cache": False}
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            inputs |= {"attention_mask": attention_mask, "position_ids": positions}
+        yield inputs, torch.arange(B * T, device=input_ids.device).view(B, T)
+        return
+    rows, columns = torch.arange(B, device=input_ids.device), torch.arange(T, device=input_ids.device)
+    needed = needed | ((rows[:, None] == 0) & (columns == 0))  # at least one token
+    shared = torch.zeros_like(needed)
+    shared[1:] = ((input_ids[1:] == input_ids[:-1]) & needed[:-1]).cumprod(1).bool()
+    own = needed & ~shared
+    source = torch.where(own, rows[:, None], 0).cummax(0).values  # the row that computes what row b shares with it
+    place = (own.flatten().cumsum(0) - 1).view(B, T).gather(0, source).clamp(min=0)
+    back = own.flatten().nonzero().squeeze(1)  # [N]
+
+    def attention(module, query, key, value, mask, *args, **kwargs):  # [1, heads, N, head size]
+        query, key, value = (F.embedding(place, x[0].transpose(0, 1).flatten(1)).unflatten(2, (x.shape[1], x.shape[3]))
+                             .transpose(1, 2) for x in (query, key, value))  # [B, heads, T, head size]
+        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, *args, **kwargs)
+        return F.embedding(back, output.flatten(2).flatten(0, 1)).unflatten(1, output.shape[2:])[None], None
+
+    before, ALL_ATTENTION_FUNCTIONS["packed_rows"] = config._attn_implementation, attention
+    config._attn_implementation = "packed_rows"
+    try:
+        yield {"input_ids": input_ids[own][None], "position_ids": columns.expand(B, T)[own][None], "use_cache": False}, place
+    finally:
+        config._attn_implementation = before
+
+
+@torch.no_grad()
+def can_pack(model) -> bool:
+    """Are the states of three rows, two of which share their start, the same packed as each alone?"""
+    if not hasattr(model, "packs"):
+        model.packs, base = True, model.base_model
+        rows = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 9, 8], [8, 7, 6, 5, 5]], device=model.device)
+        try:
+            alone = torch.cat([base(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows])
+            with packed_rows(model, rows, torch.ones_like(rows, dtype=torch.bool)) as (inputs, place):
+                packed = base(**inputs).last_hidden_state[0][place.flatten()]
+            model.packs = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+        except Exception:  # whatever an architecture does that does not know such attention
+            model.packs = False
+    return model.packs
+
+
+class TargetLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost: its
+    gradient, (1 at the target - softmax) / temperature, too. Each further [n, V] would take longer than its arithmetic."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        logits = logits.detach()  # no operation of logits_of() reads its own result in the backward pass
+        if temperature != 1:
+            logits.div_(temperature)
+        torch.log_softmax(logits, 1, out=logits)
+        ctx.temperature = temperature
+        ctx.save_for_backward(logits, targets)
+        return logits.gather(1, targets[:, None]).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient):  # [n]
+        logps, targets = ctx.saved_tensors
+        gradient = gradient[:, None] / ctx.temperature
+        return logps.exp_().mul_(-gradient).scatter_add_(1, targets[:, None], gradient), None, None
+
+
 def logits_of(model, hidden):
     """The head on [..., D], then what the architecture does to its logits -> [..., V]."""
     logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)  # Cohere, Granite
+    logits = logits * scale if scale else logits
+    logits = logits / divisor if divisor else logits
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -37,12 +37,12 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from transformers import DynamicCache
+import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, autocast, batches, cache_arguments, column, encode_all, encode_prompt, evaluate_policy, generate,
+from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_prompt, evaluate_policy, generate,
                     hold_out, learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, make_row,
-                    max_row_length, mean_and_se, micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit, report, run_script,
-                    save_model, token_logprobs)
+                    max_row_length, mean_and_se, micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit,
+                    report, run_script, save_model, token_logprobs)
 
 
 @dataclass
@@ -218,37 +218,15 @@ def rows_to_learn_from(advantages, mask, beta) -> list[int]:
 
 
 def completion_logprobs(model, rollout, rows, temperature):
-    """token_logprobs of these rows of the rollout -> [b, T]. Equal completions are computed once; and, as in generate,
-    each prompt is encoded once and its cache copied to its completions. Gradients flow back through the copies."""
-    if model.training:  # only under --gradient-checkpointing, which recomputes and so cannot fill a cache
-        return token_logprobs(model, rollout.input_ids[rows], None, rollout.completion_mask[rows], temperature)
-    distinct = {}  # ids -> row of the forward pass
-    copies = [distinct.setdefault(tuple(rollout.rows[i][0]), len(distinct)) for i in rows]
-    chosen = [rollout.rows[rows[copies.index(n)]] for n in range(len(distinct))]
-    starts = [mask.index(1) - 1 for _, mask in chosen]  # the prompt's last token predicts the completion's first
-    heads = {tuple(ids[:start]): None for (ids, _), start in zip(chosen, starts)}
-    longest, device = max(map(len, heads)), model.device
-    tails, tail_mask = pad_rows([(ids[start:], mask[start:]) for (ids, mask), start in zip(chosen, starts)], device)
-    cache, attention_mask = None, None
-    if longest:
-        number = {head: i for i, head in enumerate(heads)}
-        which = torch.tensor([number[tuple(ids[:start])] for (ids, _), start in zip(chosen, starts)], device=device)
-        input_ids = torch.tensor([[0] * (longest - len(head)) + list(head) for head in heads], device=device)
-        mask = torch.tensor([[0] * (longest - len(head)) + [1] * len(head) for head in heads], device=device)
-        cache = DynamicCache(config=model.config)
-        with autocast(model):
-            model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                  logits_to_keep=1, **cache_arguments(model, cache))
-        cache.reorder_cache(which)
-        attention_mask = torch.cat([mask[which], torch.ones_like(tails)], 1)  # [b, longest + t]
-    logps = token_logprobs(model, tails, attention_mask, tail_mask, temperature, cache)  # [b, t]
-    wanted, copies = rollout.completion_mask[rows].bool(), torch.tensor(copies, device=device)
-    return torch.zeros(wanted.shape, device=device).masked_scatter(wanted, logps[copies][tail_mask[copies].bool()])
+    """token_logprobs of these rows of the rollout -> [b, T]. What a row shares with the one before is computed once."""
+    input_ids, completion_mask = pad_rows([rollout.rows[i] for i in rows], model.device)
+    logps = token_logprobs(model, input_ids, None, completion_mask, temperature)
+    return F.pad(logps, (0, rollout.input_ids.shape[1] - logps.shape[1]))
 
 
 def groups_of_rows(rollout, rows, args) -> list[list[int]]:
-    """Micro-batches, each prompt's completions side by side."""
-    longest = {}
+    """Micro-batches, each prompt's completions side by side, and equal ones among them."""
+    rows, longest = sorted(rows, key=lambda i: rollout.rows[i][0]), {}
     prompts = [tuple(ids[:mask.index(1)]) for ids, mask in (rollout.rows[i] for i in rows)]
     for prompt, i in zip(prompts, rows):
         longest[prompt] = max(longest.get(prompt, 0), len(rollout.rows[i][0]))

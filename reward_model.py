@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (ASSETS, Run, UserError, autocast, batches, column, comparison, encode_all, encode_row, hold_out,
-                    learning_rate_at, load_model, load_rows, load_tokenizer, max_row_length, micro_batches, pad_rows,
-                    print_table, progress_bar, reward_from_function, run_script, save_model)
+                    learning_rate_at, load_model, load_rows, load_tokenizer, max_row_length, micro_batches,
+                    packed_rows, pad_rows, print_table, progress_bar, reward_from_function, run_script, save_model)
 
 from transformers import AutoModelForSequenceClassification  # after common, which keeps transformers quiet
 
@@ -131,9 +131,10 @@ def add_head(model, tokenizer) -> None:
 def last_hidden(model, input_ids, completion_mask) -> torch.Tensor:
     """The last layer's state at the last completion token of each row, found by its index: [B, T] -> [B, D] fp32."""
     last = completion_mask.shape[1] - 1 - completion_mask.flip(1).argmax(1)
-    with autocast(model):
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-    return hidden[torch.arange(len(last)), last].float()
+    needed = torch.arange(input_ids.shape[1], device=last.device) <= last[:, None]
+    with packed_rows(model, input_ids, needed) as (inputs, place), autocast(model):
+        hidden = model.base_model(**inputs).last_hidden_state
+    return hidden.flatten(0, 1)[place[torch.arange(len(last)), last]].float()
 
 
 def scores(model, rows) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import common
 from tiny import ARCHITECTURES, model_of
@@ -57,6 +58,56 @@ def test_left_padding_changes_nothing(name):
         right = common.token_logprobs(model, input_ids, None, completion_mask)
         left = common.token_logprobs(model, left_ids, left_mask, left_completion_mask)
     torch.testing.assert_close(left[left_completion_mask.bool()], right[completion_mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packing_changes_nothing(name):
+    """Rows that share their start, of a length each, one of them twice: values and gradients as of the rows one by one.
+    Gemma 2 caps its attention's scores, which the fast kernel cannot: it keeps its rows."""
+    model = model_of(name)
+    torch.manual_seed(0)
+    input_ids = torch.randint(4, 61, (5, 6))
+    input_ids[1, :3], input_ids[2, :2], input_ids[4] = input_ids[0, :3], input_ids[0, :2], input_ids[3]
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 0], [0, 1, 1, 0, 1, 0]])
+    weights = torch.randn(5, 6)
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    assert common.can_pack(model) == (name != "gemma2")
+    seen.clear()
+    logps = common.token_logprobs(model, input_ids, None, mask)
+    assert seen == [(1, 5 + 1 + 3 + 4) if model.packs else (5, 6)]  # no padding, no last token, no start twice
+    (logps * weights).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    ones = torch.ones(1, 6, dtype=torch.long)
+    alone = torch.cat([naive(model, input_ids[i:i + 1], ones, mask[i:i + 1]) for i in range(5)])
+    (alone * weights).sum().backward()
+    torch.testing.assert_close(logps, alone, atol=1e-5, rtol=1e-5)
+    for ours, parameter in zip(gradients, model.parameters()):
+        torch.testing.assert_close(ours, parameter.grad, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom", "gpt_neo", "gpt_oss"])
+def test_architectures_that_cannot_be_packed_keep_their_rows(name):
+    """Mamba mixes tokens without attention, BLOOM and GPT-Neo have attention of their own, gpt-oss has sinks: packed, some of
+    them would be wrong without an error."""
+    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config = {"mamba": lambda: transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4),
+              "bloom": lambda: transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
+              "gpt_neo": lambda: transformers.GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, window_size=4,
+                                                           attention_types=[[["global", "local"], 1]]),
+              "gpt_oss": lambda: transformers.GptOssConfig(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=16,
+                                                           num_local_experts=2, num_experts_per_tok=1)}[name]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert not common.can_pack(model)
+    input_ids, attention_mask, completion_mask = batch()
+    with torch.no_grad():
+        logps = common.token_logprobs(model, input_ids, None, completion_mask)
+        alone = [naive(model, input_ids[i:i + 1, :n], attention_mask[i:i + 1, :n], completion_mask[i:i + 1, :n])
+                 for i, n in enumerate(attention_mask.sum(1).tolist())]
+    for row, expected in zip(logps, alone):
+        torch.testing.assert_close(row[:expected.shape[1]], expected[0], atol=1e-5, rtol=1e-5)
 
 
 def test_what_fills_the_padding_is_never_read():

@@ -1,0 +1,338 @@
+"""Each training script side by side with TRL 1.16, in one run: -> benchmarks/results/versus_trl.json and a table.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/versus_trl.py                                       # everything, 5 repeats
+    python benchmarks/versus_trl.py --stages dpo --shapes 15M --repeats 1 --updates 4
+
+The same for both sides: the model's weights, the rows, their batches and order, the token ids, the number of updates, float32,
+AdamW (fused), the clipping of the gradient, the threads. Shapes: `15M` is a Llama of 288 x 6 with random weights and 32,000
+words, prompts and completions of 64 to 128 tokens (GRPO writes 64), batches as of TRL's examples; `tiny` is assets/tiny-sft on
+its own data with the scripts' default batches. GRPO: 8 (15M) or 16 (tiny) completions a prompt, beta 0.04 with a reference, one
+update a rollout.
+
+What is timed: a process imports the script (or makes TRL's trainer) and runs its own main (or train()); a hook on AdamW notes
+the time of each update. The time between two updates is all that the loop does for one: batch, padding, rollout, rewards,
+reference, forward, backward, clipping, AdamW, logging. The interval after the first update is dropped as warm-up, the mean of
+the others is a run's time. Start-up, loading and evaluations are outside. dpo.py computes the reference's log-probabilities
+before training: that time, divided by the number of updates, is added (one epoch: nothing is saved by its being done once).
+Peak memory is VmHWM, of the whole process from its start to its last update, imports, model and (ours) the evaluation before
+training included. The sides alternate, and the ratio is the median of the ratios of neighbours. SFT's and DPO's first losses and
+log-probabilities are compared, as a check that the work is the same.
+
+TRL's settings, the fastest found on a CPU: gradient_checkpointing=False (its default, True, computes the forward pass twice),
+float32 (bfloat16 autocast, gradient checkpointing, torch_compile, a static cache and continuous batching were slower when tried),
+adamw_torch_fused, whole batch in one forward pass, DPO's reference in the step (precomputed, it costs the same once), GRPO's
+generation by transformers with its default dynamic cache, no vLLM and no Liger kernels, which need a GPU. On CPUs TRL 1.16 scores
+all positions, on GPUs only the labelled ones; the column `labelled only` is TRL with that switch patched on for the CPU too.
+
+share of peak: necessary FLOPs / time / the GEMM rate (2048^3, float32) that this machine reached in the same minutes. Necessary:
+each distinct prompt through the trunk once, each completion token through trunk and head once, causal attention; a backward
+pass is two forward passes; SFT, reward: 3 forward passes in all, DPO 4 (reference), GRPO 5 (rollout, reference, update).
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+STAGES, SHAPES, SIDES = ("sft", "reward", "dpo", "grpo"), ("15M", "tiny"), ("ours", "trl", "trl_labelled")
+BATCH = {"15M": {"sft": 8, "reward": 4, "dpo": 4, "grpo": 2}, "tiny": {"sft": 64, "reward": 32, "dpo": 32, "grpo": 32}}
+GROUP, NEW_TOKENS = {"15M": 8, "tiny": 16}, {"15M": 64, "tiny": 8}
+DATA = {"sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons", "grpo": "sum_prompts"}
+FORWARD_PASSES = {"sft": 3, "reward": 3, "dpo": 4, "grpo": 5}
+EVAL_ROWS = 8
+
+
+# ------------------------------------------------------------------------------------------------------- model and data
+
+
+def make_model(directory: Path) -> None:
+    """15M parameters, random, and a tokenizer for which each of 32,000 words is a token."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
+                         num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+                         eos_token_id=1, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>"] + [f"w{i}" for i in range(2, 32000)])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+
+
+def make_rows(stage: str, shape: str, number: int) -> list[dict]:
+    if shape == "tiny":
+        rows = (ROOT / "assets" / "data" / f"{DATA[stage]}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in random.Random(0).sample(rows, number)]
+    draw = random.Random(0)
+
+    def text():
+        return "".join(f" w{draw.randrange(2, 32000)}" for _ in range(draw.randrange(64, 129)))
+
+    columns = {"sft": ["completion"], "grpo": []}.get(stage, ["chosen", "rejected"])
+    return [{"prompt": text().strip(), **{column: text() for column in columns}} for _ in range(number)]
+
+
+def even_words(prompts, completions, **columns) -> list[float]:
+    """GRPO's reward at 15M: the share of words with an even number."""
+    return [sum(int(n) % 2 == 0 for n in re.findall(r"w(\d+)", text)) / 64 for text in completions]
+
+
+def reward_spec(shape: str) -> str:
+    return f"{__file__}:even_words" if shape == "15M" else f"{ROOT / 'assets' / 'rewards.py'}:correct_sum"
+
+
+def prepare(stage: str, shape: str, updates: int, temporary: str) -> Path:
+    """A directory with the model (or a link to it), train.jsonl and eval.jsonl."""
+    where = Path(temporary) / f"{stage}-{shape}"
+    where.mkdir()
+    model = ROOT / "assets" / "tiny-sft" if shape == "tiny" else Path(temporary) / "model"
+    if not model.exists():
+        make_model(model)
+    (where / "model").symlink_to(model)
+    rows = make_rows(stage, shape, updates * BATCH[shape][stage] + EVAL_ROWS)
+    for name, part in (("train", rows[:-EVAL_ROWS]), ("eval", rows[-EVAL_ROWS:])):
+        (where / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return where
+
+
+# ------------------------------------------------------------------------------------------------ one side, one process
+
+
+def peak_mb() -> float:  # not ru_maxrss, which a process inherits from the one that started it
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+class Clock:
+    """When each AdamW step of this process ended, in wall-clock and in processor seconds, and the peak memory by then."""
+
+    def __init__(self):
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+        self.times, self.peak_mb = [], 0.0
+        register_optimizer_step_post_hook(self.tick)
+
+    def tick(self, *_):
+        self.times.append((time.perf_counter(), time.process_time()))
+        self.peak_mb = peak_mb()
+
+    def result(self, before=(0.0, 0.0)) -> dict:
+        """Means of an update; `before`: what it needed before training."""
+        seconds, cpu_seconds = ((last - first) / (len(self.times) - 2) + earlier
+                                for first, last, earlier in zip(self.times[1], self.times[-1], before))
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": self.peak_mb}
+
+
+def run_ours(stage: str, shape: str, where: Path, updates: int) -> dict:
+    script = importlib.import_module({"reward": "reward_model"}.get(stage, stage))
+    flags = dict(model=str(where / "model"), dataset=str(where / "train.jsonl"), eval_dataset=str(where / "eval.jsonl"),
+                 output_dir=str(where / "ours"), batch_size=BATCH[shape][stage], max_steps=updates, eval_every=10**6,
+                 save_every=10**6, learning_rate=1e-5, max_grad_norm=1.0, device="cpu", dtype="float32")
+    if stage == "grpo":
+        flags |= dict(group_size=GROUP[shape], max_new_tokens=NEW_TOKENS[shape], beta=0.04, kl_correction=True,
+                      eval_samples=2, reward_fn=[reward_spec(shape)])
+    elif stage != "reward":
+        flags |= dict(max_new_tokens=NEW_TOKENS[shape])
+    reference = []  # seconds and processor seconds an update
+    if stage == "dpo":
+        all_pair_logprobs = script.all_pair_logprobs
+
+        def timed(model, pairs, args):
+            if not reference:
+                all_pair_logprobs(model, pairs[:4], args)  # the first call of a process pays for loading kernels
+            began, cpu_began = time.perf_counter(), time.process_time()
+            logps = all_pair_logprobs(model, pairs, args)
+            reference.append(((time.perf_counter() - began) / updates, (time.process_time() - cpu_began) / updates))
+            return logps
+
+        script.all_pair_logprobs = timed
+    clock = Clock()
+    script.main(script.Args(**flags))
+    lines = [json.loads(line) for line in (where / "ours" / "metrics.jsonl").read_text().splitlines()]
+    first, *others = [line for line in lines if "grad_norm" in line]
+    return {**clock.result(*reference[:1]), "loss": first["loss"], "chosen_logps": first.get("chosen_logps"), "length": statistics.mean(line.get("length", 0) for line in others)}
+
+
+def run_trl(stage: str, shape: str, where: Path, updates: int, labelled_only: bool) -> dict:
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from common import batches
+    if labelled_only:
+        trl.trainer.utils._use_triton = lambda device: True  # read in one place: whether to score labelled positions only
+    batch = BATCH[shape][stage]
+    rows = [json.loads(line) for line in (where / "train.jsonl").read_text().splitlines()]
+    rows = [rows[i] for group in batches(len(rows), batch, 1, updates, seed=0) for i in group]  # in our order
+    flags = dict(output_dir=str(where / "trl"), per_device_train_batch_size=batch, max_steps=updates, learning_rate=1e-5,
+                 max_grad_norm=1.0, gradient_checkpointing=False, bf16=False, use_cpu=True, optim="adamw_torch_fused",
+                 train_sampling_strategy="sequential", dataloader_pin_memory=False, save_strategy="no", logging_steps=1,
+                 report_to="none", disable_tqdm=True)
+    more = {}
+    if stage == "grpo":
+        file, name = reward_spec(shape).rsplit(":", 1)
+        spec = importlib.util.spec_from_file_location("rewards", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        more["reward_funcs"] = getattr(module, name)
+        flags |= dict(num_generations=GROUP[shape], per_device_train_batch_size=batch * GROUP[shape], beta=0.04,
+                      max_completion_length=NEW_TOKENS[shape], loss_type="grpo", shuffle_dataset=False)
+    name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "grpo": "GRPO"}[stage]
+    kind, heads = (AutoModelForSequenceClassification, {"num_labels": 1}) if stage == "reward" else (AutoModelForCausalLM, {})
+    trainer = getattr(trl, name + "Trainer")(
+        model=kind.from_pretrained(where / "model", dtype=torch.float32, **heads), args=getattr(trl, name + "Config")(**flags),
+        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(where / "model"), **more)
+    clock = Clock()
+    trainer.train()
+    first = trainer.state.log_history[0]
+    return {**clock.result(), "loss": first["loss"], "chosen_logps": first.get("logps/chosen")}
+
+
+def gemm_rate() -> dict:
+    """FLOP/s of a float32 product of two 2048 x 2048 matrices, the median of 15."""
+    import torch
+    a, b, seconds = torch.randn(2048, 2048), torch.randn(2048, 2048), []
+    for _ in range(18):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return {"flops": 2 * 2048**3 / statistics.median(seconds[3:])}
+
+
+def worker(side: str, stage: str, shape: str, where: str, updates: int) -> None:
+    import torch
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if side == "gemm":
+        result = gemm_rate()
+    elif side == "ours":
+        result = run_ours(stage, shape, Path(where), updates)
+    else:
+        result = run_trl(stage, shape, Path(where), updates, side == "trl_labelled")
+    print("\n" + json.dumps(result))
+
+
+# ------------------------------------------------------------------------------------------------------ both, and tables
+
+
+def necessary(stage: str, where: Path, length: float) -> tuple[float, float]:
+    """-> (FLOPs, tokens) of all updates. length: of GRPO's completions."""
+    from common import encode_prompt, encode_row, load_tokenizer
+    config, tokenizer = json.loads((where / "model" / "config.json").read_text()), load_tokenizer(str(where / "model"))
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads = config.get("head_dim") or width // config["num_attention_heads"]
+    attention_width = heads * config["num_attention_heads"]
+    layer = (2 * width * attention_width + 2 * width * heads * config["num_key_value_heads"]
+             + 3 * width * config["intermediate_size"])
+    head = 0 if stage == "reward" else width * config["vocab_size"]
+    group, flops, tokens = GROUP[where.name.split("-")[1]], 0.0, 0.0
+    for line in (where / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = len(encode_prompt(tokenizer, row["prompt"]))
+        names = [name for name in ("completion", "chosen", "rejected") if name in row]
+        answers = [length] * group if stage == "grpo" else [
+            len(encode_row(tokenizer, row["prompt"], row[name], [])[0]) - prompt for name in names]
+        contexts = prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in answers)  # keys that all queries meet
+        flops += 2 * layers * layer * (prompt + sum(answers)) + 4 * layers * attention_width * contexts
+        flops += 2 * head * sum(answers)
+        tokens += prompt * len(answers) + sum(answers)
+    return flops * FORWARD_PASSES[stage], tokens
+
+
+def measure(stage: str, shape: str, args, temporary: str) -> dict:
+    updates, runs, rates = args.updates + 2, {side: [] for side in args.sides}, []
+    where = prepare(stage, shape, updates, temporary)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1",
+                   "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1"}
+
+    def run(side):
+        command = [sys.executable, __file__, "--worker", side, stage, shape, str(where), str(updates)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    for repeat in range(args.repeats):
+        rates.append(run("gemm")["flops"])
+        for side in args.sides[::-1] if repeat % 2 else args.sides:
+            runs[side].append(run(side))
+    for key in ("loss", "chosen_logps") if stage in ("sft", "dpo") else ():
+        ours, theirs = runs["ours"][0][key], runs["trl"][0][key]
+        assert ours is None or abs(ours - theirs) <= 1e-3 * abs(theirs), (stage, shape, key, ours, theirs)
+
+    def median(side, key):
+        return statistics.median(run[key] for run in runs[side])
+
+    def ratios(side, key="seconds"):
+        return [theirs[key] / ours[key] for ours, theirs in zip(runs["ours"], runs[side])]
+
+    flops, tokens = necessary(stage, where, median("ours", "length"))
+    samples = BATCH[shape][stage] * (GROUP[shape] if stage == "grpo" else 1)
+    row = {"stage": stage, "shape": shape, "device": f"cpu, {args.threads} threads", "ratio": statistics.median(ratios("trl")),
+           "ratio_low": min(ratios("trl")), "ratio_high": max(ratios("trl")),
+           "cpu_ratio": statistics.median(ratios("trl", "cpu_seconds"))}
+    for side, name in zip(args.sides, ("ours", "theirs", "theirs_labelled")):
+        row |= {name: samples / median(side, "seconds"), f"tokens_per_s_{name}": tokens / updates / median(side, "seconds"),
+                f"seconds_{name}": median(side, "seconds"), f"cpu_seconds_{name}": median(side, "cpu_seconds"), f"peak_mb_{name}": median(side, "peak_mb"),
+                f"share_of_peak_{name}": flops / updates / median(side, "seconds") / statistics.median(rates)}
+    if "trl_labelled" in args.sides:
+        row["ratio_labelled"] = statistics.median(ratios("trl_labelled"))
+        row["cpu_ratio_labelled"] = statistics.median(ratios("trl_labelled", "cpu_seconds"))
+    return row | {"gemm_gflops": statistics.median(rates) / 1e9, "samples_an_update": samples, "repeats": args.repeats,
+                  "updates": args.updates}
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| stage | shape | ours / TRL | range | ours / TRL labelled only | samples/s ours, TRL | tokens/s ours, TRL | "
+             "peak MB ours, TRL | share of GEMM peak ours, TRL |", "|" + "---|" * 9]
+    for row in rows:
+        labelled = f"{row['ratio_labelled']:.2f}×" if "ratio_labelled" in row else "–"
+        lines.append(f"| {row['stage']} | {row['shape']} | **{row['ratio']:.2f}×** | {row['ratio_low']:.2f}–{row['ratio_high']:.2f} "
+                     f"| {labelled} | {row['ours']:.1f}, {row['theirs']:.1f} "
+                     f"| {row['tokens_per_s_ours']:,.0f}, {row['tokens_per_s_theirs']:,.0f} "
+                     f"| {row['peak_mb_ours']:,.0f}, {row['peak_mb_theirs']:,.0f} "
+                     f"| {row['share_of_peak_ours']:.0%}, {row['share_of_peak_theirs']:.0%} |")
+    return "\n".join(lines)
+
+
+def main(args) -> None:
+    from importlib.metadata import version
+    path = args.output
+    results = json.loads(path.read_text()) if path.exists() else {"versus_trl": []}
+    results |= {name: version(name) for name in ("torch", "transformers", "trl")}
+    with tempfile.TemporaryDirectory() as temporary:
+        for stage in args.stages:
+            for shape in args.shapes:
+                row = measure(stage, shape, args, temporary)
+                print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+                others = [r for r in results["versus_trl"] if (r["stage"], r["shape"]) != (stage, shape)]
+                results["versus_trl"] = sorted(others + [row], key=lambda r: (STAGES.index(r["stage"]), r["shape"]))
+                path.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n" + table(results["versus_trl"]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:6], int(sys.argv[6]))
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and trl, and perhaps trl_labelled")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=6, help="timed updates a run; two more come before")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "versus_trl.json")
+    main(parser.parse_args())
