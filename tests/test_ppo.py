@@ -1,5 +1,6 @@
 """PPO's pure functions against other people's numbers, PPO against the optimum that it aims at, and ppo_rlhf.py as its users run it."""
 
+import copy
 import itertools
 import json
 import math
@@ -11,11 +12,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification
 
 import ppo_rlhf
-from common import (UserError, generate, load_model, load_tokenizer, make_row, pad_rows, reward_from_model, run_script,
+from common import (Rollout, generate, learning_rate_at, load_model, make_row, pad_rows, reward_from_model, run_script,
                     sequence_logprobs, token_logprobs)
 from conftest import ROOT
 from ppo_rlhf import (add_gradients, before_the_update, gae, kl_rewards, policy_loss, token_values, update, update_plan,
@@ -163,3 +163,242 @@ def test_adaptive_beta():
     assert ppo_rlhf.adapted_beta(0.5, 6.6, 6.0) == pytest.approx(0.5 * 1.01)
     assert ppo_rlhf.adapted_beta(0.5, 60.0, 6.0) == pytest.approx(0.5 * 1.02)  # at most 2% a step
     assert ppo_rlhf.adapted_beta(0.5, 0.0, 6.0) == pytest.approx(0.5 * 0.98)
+
+
+# ------------------------------------------------------------------------------------------- traps: every pass sees the same policy
+
+
+def own_logps(model, rows, temperature):
+    """Each row alone, unpadded, every logit: the plainest form of log p -> list of [completion tokens]."""
+    result = []
+    for ids, mask in rows:
+        with torch.no_grad():
+            logps = (model(input_ids=torch.tensor([ids])).logits[0].float() / temperature).log_softmax(-1)
+        first = mask.index(1)
+        result.append(logps[torch.arange(first - 1, len(ids) - 1), torch.tensor(ids[first:])])
+    return result
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def world(request, tmp_path_factory):
+    """Policy, reference, critic with dropout in their configurations, and a rollout of prompts of many lengths."""
+    directory, networks = tmp_path_factory.mktemp("world"), []
+    for number, kind in enumerate((transformers.AutoModelForCausalLM,) * 2 + (AutoModelForSequenceClassification,)):
+        config = ARCHITECTURES[request.param].__class__(**{**ARCHITECTURES[request.param].to_dict(), "num_labels": 1})
+        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if hasattr(config, name):
+                setattr(config, name, 0.5)
+        torch.manual_seed(number)
+        model = kind.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(directory / str(number))
+        networks.append(load_model(str(directory / str(number)), kind=kind))
+    torch.manual_seed(5)
+    prompts = [torch.randint(4, 60, (n,)).tolist() for n in (1, 9, 3, 14, 2, 2, 7, 5)]
+    rollout = generate(networks[0], Ids(), prompts, 2, 12, 0.7)
+    return *networks, rollout
+
+
+ARGS = ppo_rlhf.Args(temperature=0.7, mini_batches=3, ppo_epochs=2, micro_batch_size=4)
+
+
+def test_every_pass_gives_the_log_probs_and_values_of_the_row_alone(world):
+    """At the temperature of the samples, without dropout, for any padding, on absolute positions (GPT-2) too. Generation
+    pads on the left, so its own log-probabilities are held to the same numbers."""
+    model, reference, critic, rollout = world
+    assert len({len(ids) for ids, _ in rollout.rows}) > 5
+    old_logps, ref_logps, old_values = before_the_update(model, reference, critic, rollout, update_plan(rollout, ARGS), ARGS)
+    mask = rollout.completion_mask.bool()
+    for ours, theirs in ((rollout.logps, model), (old_logps, model), (ref_logps, reference)):
+        torch.testing.assert_close(ours[mask], torch.cat(own_logps(theirs, rollout.rows, 0.7)), rtol=1e-4, atol=1e-4)
+        assert (ours[~mask] == 0).all()
+    for (ids, row_mask), values in zip(rollout.rows, old_values):
+        with torch.no_grad():
+            hidden = critic.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+            expected = critic.score(hidden).squeeze(1)[row_mask.index(1) - 1:-1]  # what was known before each token
+        torch.testing.assert_close(values[row_mask.index(1):len(ids)], expected, rtol=1e-4, atol=1e-4)
+
+
+def first_mini_batch(world):
+    """-> (rows, log-probabilities in the update, the old ones, ratio, clip fraction) of the first mini-batch of a step."""
+    model, reference, critic, rollout = world
+    plan = update_plan(rollout, ARGS)
+    old = before_the_update(model, reference, critic, rollout, plan, ARGS)
+    advantages = torch.randn_like(rollout.logps)
+    stats = add_gradients(model, critic, rollout, old[0], old[2], advantages, advantages, plan[0], ARGS)
+    model.zero_grad(), critic.zero_grad()
+    return stats
+
+
+def test_the_ratio_of_the_first_mini_batch_is_exactly_1(world):
+    stats = first_mini_batch(world)
+    assert stats["ratio"] == pytest.approx(1, abs=1e-6)
+    assert stats["clip_fraction"] == stats["update_kl"] == stats["value_clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("trap", ["temperature", "dropout", "padding"])
+def test_it_is_not_where_a_pass_forgets_something(trap, world, monkeypatch):
+    """The second pass, that of the update, forgets; so the test above would fail."""
+    before, original = before_the_update, ppo_rlhf.token_logprobs
+
+    def forgetful(model, input_ids, attention_mask, mask, temperature):
+        if not torch.is_grad_enabled():
+            return original(model, input_ids, attention_mask, mask, temperature)
+        if trap == "temperature":
+            return original(model, input_ids, attention_mask, mask)
+        if trap == "dropout":
+            noise = torch.nn.Dropout(0.5)
+            hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: noise(output))
+            logps = original(model, input_ids, attention_mask, mask, temperature)
+            hook.remove()
+            return logps
+        shifts = [int(row.flip(0).argmax()) for row in mask]  # padded on the left, and no positions given
+        ids, moved = (torch.stack([row.roll(s) for row, s in zip(x, shifts)]) for x in (input_ids, mask))
+        logps = original(model, ids, None, moved, temperature)
+        return torch.stack([row.roll(-s) for row, s in zip(logps, shifts)])
+
+    monkeypatch.setattr(ppo_rlhf, "token_logprobs", forgetful)
+    assert abs(first_mini_batch(world)["ratio"] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 3, None])
+def test_micro_batches_do_not_change_the_gradient(size, world):
+    model, reference, critic, rollout = world
+    old = before_the_update(model, reference, critic, rollout, update_plan(rollout, ARGS), ARGS)
+    torch.manual_seed(2)
+    old_logps = old[0] + 0.3 * torch.randn_like(old[0]) * rollout.completion_mask  # some ratios are clipped
+    advantages, returns = torch.randn(2, *old[0].shape)
+    results = []
+    for micro in (16, size):
+        args = ppo_rlhf.Args(temperature=0.7, mini_batches=1, ppo_epochs=1, micro_batch_size=micro)
+        stats = add_gradients(model, critic, rollout, old_logps, old[2], advantages, returns, update_plan(rollout, args)[0], args)
+        results.append((stats, torch.cat([p.grad.flatten() for n in (model, critic) for p in n.parameters() if p.grad is not None])))
+        model.zero_grad(), critic.zero_grad()
+    (one, gradient), (other, others) = results
+    assert 0 < one["clip_fraction"] < 1 and one == pytest.approx(other, abs=1e-5)
+    assert gradient.norm() > 0.1 and (gradient - others).norm() < 1e-5 * gradient.norm()
+
+
+def test_plans_hold_each_row_once_an_epoch(world):
+    rollout = world[3]
+    plan = update_plan(rollout, ARGS)
+    assert len(plan) == 6 and plan[0] != plan[3]
+    for epoch in (plan[:3], plan[3:]):
+        assert sorted(i for groups in epoch for group in groups for i in group) == list(range(16))
+
+
+def test_where_pad_is_eos_the_reward_is_read_at_eos(tmp_path):
+    """The stock head looks for pad, and finds the token before EOS; ours, and the place of the reward, go by the index."""
+    from tiny import byte_level
+    tokenizer = byte_level(pad_token="<|endoftext|>")
+    config = transformers.GPT2Config(vocab_size=261, n_embd=32, n_layer=2, n_head=4, n_positions=64, num_labels=1,
+                                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    judge = AutoModelForSequenceClassification.from_config(config).eval()
+    torch.nn.init.normal_(judge.score.weight)
+    judge.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer("he said").input_ids + tokenizer(" abab").input_ids + [tokenizer.eos_token_id]
+    with torch.no_grad():
+        at_eos = judge.score(judge.base_model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+        stock = judge(torch.tensor([ids])).logits.item()
+    reward = reward_from_model(str(tmp_path), ppo_rlhf.Args())
+    for others in ([], ["a much longer completion than the other one"]):
+        scores = reward(["he said"] * (1 + len(others)), [" abab", *others], [{}] * (1 + len(others)))
+        assert scores[0].item() == pytest.approx(at_eos, abs=1e-5)
+    assert abs(stock - at_eos) > 0.01
+    rows = [make_row([5, 6], [7, tokenizer.eos_token_id]), make_row([5], [7, 8, 9, tokenizer.eos_token_id])]
+    _, mask = pad_rows(rows)
+    rewards = kl_rewards(torch.tensor([1.0, 2.0]), torch.zeros(2, 5), torch.zeros(2, 5), mask, 0.1)
+    assert rewards.nonzero().tolist() == [[0, 3], [1, 4]]
+
+
+# ----------------------------------------------------------------------------------- exact: every sequence of a small language
+#
+# As in test_dpo.py: two prompts (tokens 3 and 4), three tokens, every sequence up to three of them, and tables, which are complete
+# policies and critics. Sampling is exact; the rest of a step is the script's.
+
+SEQUENCES = [s for n in (1, 2, 3) for s in itertools.product(range(3), repeat=n)
+             if 0 not in s[:-1] and (s[-1] == 0 or n == 3)]
+ROWS = [make_row([3 + x], list(s)) for x in range(2) for s in SEQUENCES]
+
+
+class Table(torch.nn.Module):
+    """A row of numbers for every prefix: logits of a policy, or features of a critic, as a transformer's last state."""
+
+    def __init__(self, width, policy):
+        super().__init__()
+        self.table = torch.nn.Embedding(5**3, width)
+        self.head = self.score = torch.nn.Linear(width, width if policy else 1, bias=False)
+        torch.nn.init.eye_(self.head.weight).requires_grad_(False)
+        torch.nn.init.zeros_(self.table.weight)
+        self.config, self.device, self.base_model = transformers.LlamaConfig(), torch.device("cpu"), self
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache):
+        ids = torch.nn.functional.pad(input_ids, (2, 0))
+        hidden = self.table(ids[:, :-2] * 25 + ids[:, 1:-1] * 5 + ids[:, 2:])  # [B, T, width]
+        return transformers.utils.ModelOutput(last_hidden_state=hidden, logits=self.head(hidden))
+
+
+def all_logps(policy):
+    """log pi(y | x) of every sequence -> [2, 15]."""
+    return sequence_logprobs(policy, ROWS).view(2, -1)
+
+
+def distance(logps, other_logps):
+    """Total variation -> the larger of the two prompts'."""
+    return 0.5 * (logps.exp() - other_logps.exp()).abs().sum(1).max().item()
+
+
+def small_world(seed):
+    torch.manual_seed(seed)
+    reference = Table(3, policy=True)
+    torch.nn.init.normal_(reference.table.weight, std=0.5)
+    return reference, 0.5 * torch.randn(2, len(SEQUENCES))
+
+
+def sampled(policy, number):
+    """Every prompt `number` times -> Rollout, and which of ROWS it holds."""
+    chosen = torch.multinomial(all_logps(policy).exp(), number, replacement=True)  # [2, number]
+    chosen = (chosen + torch.tensor([[0], [15]])).flatten().tolist()
+    rows = [ROWS[i] for i in chosen]
+    input_ids, mask = pad_rows(rows)
+    return Rollout(rows, input_ids, mask, torch.zeros(mask.shape), [], torch.ones(len(rows)).bool()), chosen
+
+
+def trained(seed, beta, steps=120, learning_rate=0.1, **kwargs):
+    """-> (reference, rewards, policy after PPO)."""
+    reference, rewards = small_world(seed)
+    policy, critic = copy.deepcopy(reference), Table(1, policy=False)
+    args = ppo_rlhf.Args(beta=beta, ppo_epochs=2, mini_batches=2, **kwargs)
+    optimizer = torch.optim.AdamW([*policy.table.parameters(), *critic.table.parameters()], weight_decay=0.0)
+    for step in range(steps):
+        rollout, chosen = sampled(policy, 256)
+        scores, mask, plan = rewards.flatten()[chosen], rollout.completion_mask.bool(), update_plan(rollout, args)
+        old_logps, ref_logps, old_values = before_the_update(policy, reference, critic, rollout, plan, args)
+        advantages, returns = gae(kl_rewards(scores, old_logps, ref_logps, mask, beta), old_values, mask, args.gamma, args.lam)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, learning_rate)
+        stats = update(policy, critic, optimizer, rollout, old_logps, old_values,
+                       whiten(advantages, mask) if args.whiten else advantages, returns, plan, args, lambda *numbers: None)
+        assert stats[0]["ratio"] == pytest.approx(1, abs=1e-6) and stats[0]["clip_fraction"] == 0
+    return reference, rewards, policy
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_ppo_reaches_the_optimum(beta, seed):
+    reference, rewards, policy = trained(seed, beta)
+    ref_logps = all_logps(reference)
+    torch.testing.assert_close(ref_logps.exp().sum(1), torch.ones(2))
+    optimal = (ref_logps + rewards / beta).log_softmax(1)
+    assert distance(ref_logps, optimal) > 0.15  # there is something to learn
+    assert distance(all_logps(policy), optimal) < 0.03
+
+
+def test_with_a_large_beta_it_stays():
+    reference, _, policy = trained(0, beta=100.0)
+    assert distance(all_logps(policy), all_logps(reference)) < 0.01
