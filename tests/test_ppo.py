@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import signal
+import subprocess
 import sys
 import time
 
@@ -20,7 +21,7 @@ from common import (Rollout, generate, learning_rate_at, load_model, make_row, p
 from conftest import ROOT
 from ppo_rlhf import (add_gradients, before_the_update, gae, kl_rewards, policy_loss, token_values, update, update_plan,
                       value_loss, whiten)
-from test_runs import metrics_of, run, start
+from test_runs import ENVIRONMENT, metrics_of, run, start
 from tiny import ARCHITECTURES, Ids
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -370,7 +371,7 @@ def sampled(policy, number):
     return Rollout(rows, input_ids, mask, torch.zeros(mask.shape), [], torch.ones(len(rows)).bool()), chosen
 
 
-def trained(seed, beta, steps=120, learning_rate=0.1, **kwargs):
+def trained(seed, beta, steps=60, learning_rate=0.1, **kwargs):
     """-> (reference, rewards, policy after PPO)."""
     reference, rewards = small_world(seed)
     policy, critic = copy.deepcopy(reference), Table(1, policy=False)
@@ -402,3 +403,155 @@ def test_ppo_reaches_the_optimum(beta, seed):
 def test_with_a_large_beta_it_stays():
     reference, _, policy = trained(0, beta=100.0)
     assert distance(all_logps(policy), all_logps(reference)) < 0.01
+
+
+# ------------------------------------------------------------------------------------------------------ as its users run it
+
+QUICK = ["--max-steps", "6", "--batch-size", "8", "--mini-batches", "2", "--micro-batch-size", "3", "--critic-warmup", "1",
+         "--max-new-tokens", "12", "--target-kl", "0.5", "--eval-every", "2", "--save-every", "2", "--eval-prompts", "10"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ppo")
+    status, output, errors = run("ppo_rlhf", *QUICK, "--output-dir", directory)
+    assert status == 0 and errors == "", errors
+    assert "proxy reward: reference" in output
+    return directory
+
+
+def without_speeds(directory):
+    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")} for row in metrics_of(directory)]
+
+
+def test_run_directory(finished):
+    rows = metrics_of(finished)
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert abs(rows[0]["kl"]) < 1e-5 and rows[0]["win_rate"] == 0.5 and rows[0]["proxy_reward"] != rows[0]["reward"]
+    steps = [row for row in rows if "value_loss" in row]
+    assert all(row["ratio_first"] == pytest.approx(1, abs=1e-6) and row["clip_fraction_first"] == 0 for row in steps)
+    assert all(row["sampling_gap"] < 1e-4 for row in steps) and steps[2]["ratio"] != 1.0
+    assert abs(steps[0]["kl"]) < 1e-5 and abs(steps[1]["kl"]) < 1e-5 and abs(steps[2]["kl"]) > 1e-5  # the critic comes first
+    assert steps[0]["beta"] == 0.5 and steps[1]["beta"] == pytest.approx(0.49)  # the KL is 0, and should be 0.5
+    assert all(row[f"{part}_tokens_per_s"] > 0 for row in steps for part in ("rollout", "scoring", "update"))
+    for row in steps:
+        assert row["kl_per_token"] == pytest.approx(row["kl"] / row["length"], abs=1e-5)
+        assert row["objective"] == pytest.approx(row["proxy_reward"] - (1 - row["ended"]) - row["beta"] * row["kl"], abs=1e-4)
+        assert {"reward", "entropy", "clip_fraction", "update_kl", "explained_variance", "value_clip_fraction"} <= set(row)
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results) >= {"proxy_reward", "proxy_reward_ref", "reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se",
+                            "win_rate", "win_rate_se", "ended", "seconds"}
+    assert all(isinstance(value, (int, float)) for value in results.values())
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {0, 2, 4, 6} and all("reward" in s for s in samples)
+    assert transformers.AutoModelForCausalLM.from_pretrained(finished).dtype == torch.bfloat16  # as tiny-sft came
+
+
+@pytest.mark.parametrize("wait_for", [5])  # lines of metrics.jsonl
+def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
+    process = start("ppo_rlhf", *QUICK, "--output-dir", tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= wait_for):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    status, output, errors = run("ppo_rlhf", *QUICK, "--output-dir", tmp_path, "--resume")
+    assert status == 0 and "resuming" in output, errors
+    assert without_speeds(tmp_path) == without_speeds(finished)
+    assert (tmp_path / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
+    before, after = (load_file(d / "model.safetensors") for d in (finished, tmp_path))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def call(monkeypatch, capsys, *flags):
+    """ppo_rlhf.py in this process -> exit status, what it says on stderr."""
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", *map(str, flags)])
+    try:
+        run_script(ppo_rlhf.main, ppo_rlhf.Args)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err
+
+
+TINY = ["--max-steps", 1, "--batch-size", 4, "--mini-batches", 2, "--eval-prompts", 4, "--max-new-tokens", 8]
+REWARD = "def reward(prompts, completions, **columns):\n    "
+MISTAKES = {
+    # name: (flags, body of a reward function, what the line must name)
+    "no epoch": (["--ppo-epochs", "0"], None, "--ppo-epochs"),
+    "no mini-batch": (["--mini-batches", "0"], None, "--mini-batches"),
+    "more mini-batches than rows": (["--mini-batches", "5"], None, "--mini-batches"),
+    "no clipping range": (["--clip", "0"], None, "--clip"),
+    "a negative clipping range of values": (["--clip-value", "-1"], None, "--clip-value"),
+    "a critic that cannot learn": (["--value-learning-rate", "0"], None, "--value-learning-rate"),
+    "a negative target": (["--target-kl", "-1"], None, "--target-kl"),
+    "a discount above 1": (["--gamma", "1.1"], None, "--gamma"),
+    "a negative lambda": (["--lam", "-0.1"], None, "--lam"),
+    "a negative penalty": (["--missing-eos-penalty", "-1"], None, "--missing-eos-penalty"),
+    "beta 0": (["--beta", "0"], None, "--beta"),
+    "no reward": (["--dataset", ROOT / "assets" / "data" / "sum_prompts.jsonl"], None, "--reward-model"),
+    "a missing prompt column": (["--prompt-column", "question"], None, "question"),
+    "no room for completions": (["--max-new-tokens", "255"], None, "--max-new-tokens"),
+    "a reward model that is nowhere": (["--reward-model", "nobody/judge"], None, "nobody/judge"),
+    "a critic of another tokenizer": (["--critic-model", ROOT / "tests" / "golden" / "rm"], None, "--critic-model"),
+    "a function that raises": ([], "return [1 / (p != 'Review of The Secret Song, a romance:') for p in prompts]", "Secret Song"),
+    "a reward that is not a number": ([], "return [float('nan')] * len(prompts)", "nan"),
+    "too few rewards": ([], "return [0.0]", "1 rewards for"),
+    "a learning rate that breaks it": (["--learning-rate", "1e30", "--max-steps", "3", "--critic-warmup", "0"], None, "update"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_with_status_2_and_one_line(name, tmp_path, monkeypatch, capsys):
+    flags, body, what = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    if body:
+        (tmp_path / "r.py").write_text(REWARD + body)
+        flags = [*flags, "--reward-fn", "r.py:reward"]
+    status, errors = call(monkeypatch, capsys, *TINY, *flags)
+    assert status == 2 and errors.startswith("ppo_rlhf.py: error: ") and errors.count("\n") == 1 and what in errors, errors
+    assert len(errors) < 500
+
+
+def test_a_reward_function_alone_and_chats(tmp_path, monkeypatch, capsys):
+    """No reward model: the critic starts from the policy, its values at 0; conversations reach the function as such."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.py").write_text(REWARD + "return [float(len(c[0]['content'])) for c in completions]\n")
+    rows = [{"prompt": [{"role": "user", "content": f"Film {i}?"}]} for i in range(20)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+                                         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    flags = ["--dataset", "d.jsonl", "--reward-fn", "r.py:reward", "--chat-template", "chat.jinja", "--clip-value", "inf"]
+    assert call(monkeypatch, capsys, *TINY, *flags) == (0, "")
+    first = metrics_of(tmp_path / "runs" / "ppo_rlhf")[1]
+    assert first["explained_variance"] == 0 and first["proxy_reward"] == first["reward"]
+    results = json.loads((tmp_path / "runs" / "ppo_rlhf" / "results.json").read_text())
+    assert results["proxy_reward"] == pytest.approx(results["reward"], abs=1e-4)
+
+
+def test_a_reward_model_with_another_tokenizer(tmp_path, monkeypatch, capsys):
+    """It reads text; the critic, which reads the policy's ids, cannot start from it."""
+    monkeypatch.chdir(tmp_path)
+    judge = ROOT / "tests" / "golden" / "rm"
+    assert call(monkeypatch, capsys, *TINY, "--reward-model", judge) == (0, "")
+    assert metrics_of(tmp_path / "runs" / "ppo_rlhf")[1]["explained_variance"] == 0
+
+
+def test_an_update_that_goes_too_far_is_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--max-steps", 2, "--learning-rate", "1e-2", "--max-update-kl", "0.01", "--critic-warmup", 0, "--ppo-epochs", 4]
+    assert call(monkeypatch, capsys, *TINY, *flags) == (0, "")
+    steps = [row for row in metrics_of(tmp_path / "runs" / "ppo_rlhf") if "value_loss" in row]
+    assert steps[0]["updates"] == 2 and steps[0]["update_kl"] > 0.01  # the first move, seen in the second mini-batch
+
+
+def test_a_copied_script_runs_anywhere(tmp_path):
+    for name in ("ppo_rlhf.py", "common.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"prompt": f"Review of {i}:"}) for i in range(20)))
+    (tmp_path / "r.py").write_text(REWARD + "return [float(len(c)) for c in completions]\n")
+    command = [sys.executable, "ppo_rlhf.py", *TINY, "--model", ROOT / "assets" / "tiny-sft", "--dataset", "d.jsonl",
+               "--reward-fn", "r.py:reward"]
+    result = subprocess.run([*map(str, command)], cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
