@@ -37,7 +37,7 @@ summarisation, 2024):
     right padding, ids as they were sampled (N)             no position depends on padding, no text is encoded again
     gamma 1, lambda 0.95 (Z), whitening (37, N)             over the tokens of all completions of a step
     epochs of shuffled mini-batches (37)                    log-probabilities are averaged over a mini-batch's tokens
-    clipped value loss (37, N)                              --clip-value; inf: not clipped
+    clipped value loss (37, N)                              --clip-value; off: 37 and Andrychowicz et al. (2021) found no use
     linear decay of the learning rate (37)                  after 10% warm-up
     gradient clipping (37)                                  policy and critic each by their own norm
     adaptive beta (Z, 2.2)                                  --target-kl; off: beta is fixed
@@ -51,6 +51,7 @@ scores), an entropy bonus (37: (1) has one, beta), Adam's epsilon and TensorFlow
 Data: prompts in `--prompt-column` (texts or lists of messages); every column reaches the reward function by its name.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -98,21 +99,21 @@ class Args:
     """lambda of the advantages: 1: none of the critic's bias, 0: none of the sampling's variance"""
     clip: float = 0.2
     """the ratio is clipped to 1 - clip ... 1 + clip"""
-    clip_value: float = 0.2
-    """the critic's move within a step is clipped to this"""
+    clip_value: float = math.inf
+    """the critic's move within a step is clipped to this; 0.2 in most code, for rewards of size 1; inf: not clipped"""
     whiten: bool = True
     """bring a step's advantages to mean 0 and deviation 1"""
-    ppo_epochs: int = 2
+    ppo_epochs: int = 1
     """passes over a step's completions"""
-    mini_batches: int = 4
+    mini_batches: int = 2
     """updates in each of them"""
-    critic_warmup: int = 2
+    critic_warmup: int = 3
     """steps in which only the critic learns"""
     max_update_kl: float | None = None
     """nats a token that a step's updates may move the policy: the rest of them is skipped; default: no limit"""
     missing_eos_penalty: float = 1.0
     """taken off the score of completions cut at --max-new-tokens"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-4
     """peak, after 10% warm-up; then linear decay to 0"""
     value_learning_rate: float = 1e-3
     """the critic's, likewise"""

@@ -202,7 +202,7 @@ def world(request, tmp_path_factory):
     return *networks, rollout
 
 
-ARGS = ppo_rlhf.Args(temperature=0.7, mini_batches=3, ppo_epochs=2, micro_batch_size=4)
+ARGS = ppo_rlhf.Args(temperature=0.7, mini_batches=3, ppo_epochs=2, micro_batch_size=4, clip_value=0.2)
 
 
 def test_every_pass_gives_the_log_probs_and_values_of_the_row_alone(world):

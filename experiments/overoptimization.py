@@ -1,0 +1,76 @@
+"""Over-optimisation: PPO with a KL coefficient that is too small learns the reward model's errors.
+
+    pip install -r experiments/requirements.txt
+    python experiments/overoptimization.py                  # runs ppo_rlhf.py, then draws; about three minutes
+    python experiments/overoptimization.py --draw-only      # from the metrics of the run before
+
+What the reward model promises (proxy) keeps rising; the truth (gold) rises, then falls: Gao et al. (2022), figure 1.
+Writes experiments/results/overoptimization.json (the curves, and the command) and .png.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+
+
+@dataclass
+class Args:
+    beta: float = 0.01
+    """KL coefficient: too small"""
+    max_steps: int = 150
+    """of PPO"""
+    learning_rate: float = 1e-3
+    """of the policy, peak"""
+    seed: int = 0
+    """of data order and sampling"""
+    output_dir: Path = ROOT / "runs" / "overoptimization"
+    """of the run"""
+    draw_only: bool = False
+    """draw the run that --output-dir holds"""
+
+
+def main(args: Args) -> None:
+    flags = ["--beta", args.beta, "--max-steps", args.max_steps, "--learning-rate", args.learning_rate, "--seed", args.seed]
+    if not args.draw_only:
+        subprocess.run([sys.executable, ROOT / "ppo_rlhf.py", *map(str, flags), "--output-dir", args.output_dir], check=True)
+    rows = [json.loads(line) for line in (args.output_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "value_loss" in row]  # the others are held-out evaluations
+    held_out = [row for row in rows if "win_rate" in row]
+    curves = {name: {key: [row[key] for row in chosen] for key in ("step", "proxy_reward", "reward", "kl")}
+              for name, chosen in (("training", steps), ("held_out", held_out))}
+    best = max(held_out, key=lambda row: row["reward"])
+    last = held_out[-1]
+    for word, row in (("at the gold reward's best", best), ("at the end", last)):
+        print(f"{word}: step {row['step']}, proxy {row['proxy_reward']:.2f}, gold {row['reward']:.2f}, KL {row['kl']:.1f} nats")
+    RESULTS.mkdir(exist_ok=True)
+    command = " ".join(map(str, ["python ppo_rlhf.py", *flags]))
+    (RESULTS / "overoptimization.json").write_text(json.dumps({"command": command, **curves}, indent=1))
+    draw(curves)
+
+
+def draw(curves) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=[2, 1], layout="constrained")
+    training, held_out = curves["training"], curves["held_out"]
+    for key, label, colour in (("proxy_reward", "proxy: the reward model", "C1"), ("reward", "gold: the truth", "C0")):
+        top.plot(training["step"], training[key], colour, alpha=0.35)
+        top.plot(held_out["step"], held_out[key], colour, marker="o", label=label)
+    bottom.plot(training["step"], training["kl"], "C2")
+    top.set_ylabel("reward")
+    top.legend()
+    bottom.set_ylabel("KL to the reference, nats")
+    bottom.set_xlabel("PPO step")
+    figure.savefig(RESULTS / "overoptimization.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
