@@ -37,7 +37,7 @@ summarisation, 2024):
     right padding, ids as they were sampled (N)             no position depends on padding, no text is encoded again
     gamma 1, lambda 0.95 (Z), whitening (37, N)             over the tokens of all completions of a step
     epochs of shuffled mini-batches (37)                    log-probabilities are averaged over a mini-batch's tokens
-    clipped value loss (37, N)                              --clip-value; off: 37 and Andrychowicz et al. (2021) found no use
+    clipped value loss (37, N)                              --clip-value; off: Andrychowicz et al. (2021) found no use
     linear decay of the learning rate (37)                  after 10% warm-up
     gradient clipping (37)                                  policy and critic each by their own norm
     adaptive beta (Z, 2.2)                                  --target-kl; off: beta is fixed
@@ -59,10 +59,10 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, autocast, batches, column, encode_all, encode_prompt, evaluate_policy, generate,
-                    hold_out, learning_rate_at, load_model, load_rows, load_tokenizer, make_row, max_row_length,
-                    micro_batches, pad_rows, progress_bar, prompts_that_fit, report, reward_from_function,
-                    reward_from_model, run_script, save_model, token_logprobs)
+from common import (ASSETS, Run, UserError, autocast, batches, column, encode_all, encode_prompt, evaluate_policy,
+                    generate, hold_out, learning_rate_at, load_model, load_rows, load_tokenizer, make_row,
+                    max_row_length, micro_batches, pad_rows, progress_bar, prompts_that_fit, report,
+                    reward_from_function, reward_from_model, run_script, save_model, token_logprobs)
 
 from transformers import AutoModelForSequenceClassification  # after common, which keeps transformers quiet
 
@@ -159,7 +159,7 @@ class Args:
 
 
 def kl_rewards(scores, logps, ref_logps, mask, beta):
-    """Equation (2): scores [B], log-probabilities and mask [B, T] -> rewards [B, T], which sum to r - beta log-ratio."""
+    """Equation (2): scores [B], logps, ref_logps, mask [B, T] -> rewards [B, T], which sum to r - beta log-ratio."""
     rewards = (-beta * (logps - ref_logps)).masked_fill(~mask.bool(), 0.0)
     last = mask.shape[1] - 1 - mask.long().flip(1).argmax(1)  # by index: the id there may be pad's, where pad is EOS
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
@@ -205,15 +205,16 @@ def value_loss(values, old_values, returns, mask, clip, total=None):
 
 def load_critic(args, tokenizer):
     """A sequence-classification model, whose head is read at every token."""
-    name = args.critic_model or args.reward_model
+    name, how = args.critic_model or args.reward_model, (args.device, args.dtype, args.gradient_checkpointing)
     if name and load_tokenizer(name).get_vocab() == tokenizer.get_vocab():
-        critic = load_model(name, args.device, args.dtype, args.gradient_checkpointing, AutoModelForSequenceClassification)
+        critic = load_model(name, *how, AutoModelForSequenceClassification)
         if critic.config.num_labels != 1:
             raise UserError(f"--critic-model {name}: has {critic.config.num_labels} labels: a critic has one")
         return critic
     if args.critic_model:
-        raise UserError(f"--critic-model {name}: its tokenizer is not that of --model {args.model}: give one that has it")
-    critic = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing, AutoModelForSequenceClassification)
+        raise UserError(f"--critic-model {name}: has not the tokenizer of --model {args.model}, whose ids it reads: "
+                        "give another, or none")
+    critic = load_model(args.model, *how, AutoModelForSequenceClassification)
     critic.score = torch.nn.Linear(critic.score.in_features, 1, bias=False).to(critic.device)
     torch.nn.init.zeros_(critic.score.weight)
     return critic
@@ -255,7 +256,7 @@ def before_the_update(model, reference, critic, rollout, plan, args):
 
 
 def add_gradients(model, critic, rollout, old_logps, old_values, advantages, returns, groups, args):
-    """Add the gradients of a mini-batch, micro-batch by micro-batch -> what is logged of it. model None: the critic's."""
+    """Add the gradients of a mini-batch, micro-batch by micro-batch -> what is logged. model None: the critic's."""
     stats = torch.zeros(6, device=critic.device)
     total = rollout.completion_mask[sum(groups, [])].sum()
     for group in groups:
@@ -269,7 +270,8 @@ def add_gradients(model, critic, rollout, old_logps, old_values, advantages, ret
         with torch.no_grad():
             log_ratio = (logps - old) * mask
             ratio = log_ratio.exp()
-            moved = [ratio, (ratio - 1).abs() > args.clip, ratio - 1 - log_ratio, (values - value).abs() > args.clip_value]
+            moved = [ratio, (ratio - 1).abs() > args.clip, ratio - 1 - log_ratio,  # the last: KL by k3
+                     (values - value).abs() > args.clip_value]
             stats += torch.stack(losses + [(x * mask).sum() / total for x in moved])
     names = ("loss", "value_loss", "ratio", "clip_fraction", "update_kl", "value_clip_fraction")
     return dict(zip(names, stats.tolist()))
@@ -317,8 +319,9 @@ def explained_variance(values, returns, mask) -> float:
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def main(args: Args) -> None:
-    for name in ("ppo_epochs", "mini_batches", "clip", "clip_value", "value_learning_rate", "target_kl", "max_update_kl"):
+def check_args(args: Args) -> None:
+    positive = "ppo_epochs", "mini_batches", "clip", "clip_value", "value_learning_rate", "target_kl", "max_update_kl"
+    for name in positive:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number greater than 0")
     for name in ("gamma", "lam"):
@@ -329,6 +332,10 @@ def main(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
     if args.mini_batches > args.batch_size:
         raise UserError(f"--mini-batches {args.mini_batches}: more than --batch-size {args.batch_size}: lower it")
+
+
+def main(args: Args) -> None:
+    check_args(args)
     if args.dataset == Args.dataset:
         args.eval_dataset = args.eval_dataset or str(ASSETS / "data" / "review_prompts_heldout.jsonl")
         if not args.reward_fn:
@@ -410,7 +417,8 @@ def main(args: Args) -> None:
         tokens = sum(len(ids) for ids, _ in rollout.rows)
         kl = (old_logps - ref_logps).sum(1)  # [B] nats a completion
         metrics = {
-            **stats[-1],
+            **{name: sum(batch[name] for batch in stats) / len(stats) for name in stats[0]},
+            "update_kl": stats[-1]["update_kl"],
             "reward": truths.mean().item(),
             "proxy_reward": scores.mean().item(),
             "kl": kl.mean().item(),

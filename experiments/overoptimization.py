@@ -24,10 +24,14 @@ RESULTS = ROOT / "experiments" / "results"
 class Args:
     beta: float = 0.01
     """KL coefficient: too small"""
-    max_steps: int = 150
+    max_steps: int = 120
     """of PPO"""
     learning_rate: float = 1e-3
     """of the policy, peak"""
+    batch_size: int = 64
+    """completions a step"""
+    eval_every: int = 10
+    """steps between held-out evaluations"""
     seed: int = 0
     """of data order and sampling"""
     output_dir: Path = ROOT / "runs" / "overoptimization"
@@ -37,21 +41,22 @@ class Args:
 
 
 def main(args: Args) -> None:
-    flags = ["--beta", args.beta, "--max-steps", args.max_steps, "--learning-rate", args.learning_rate, "--seed", args.seed]
+    names = ("beta", "max_steps", "learning_rate", "batch_size", "eval_every", "seed")
+    flags = [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(args, name)))]
     if not args.draw_only:
-        subprocess.run([sys.executable, ROOT / "ppo_rlhf.py", *map(str, flags), "--output-dir", args.output_dir], check=True)
+        command = [sys.executable, str(ROOT / "ppo_rlhf.py"), *flags, "--output-dir", str(args.output_dir)]
+        subprocess.run(command, check=True)
     rows = [json.loads(line) for line in (args.output_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "value_loss" in row]  # the others are held-out evaluations
     held_out = [row for row in rows if "win_rate" in row]
     curves = {name: {key: [row[key] for row in chosen] for key in ("step", "proxy_reward", "reward", "kl")}
               for name, chosen in (("training", steps), ("held_out", held_out))}
-    best = max(held_out, key=lambda row: row["reward"])
-    last = held_out[-1]
-    for word, row in (("at the gold reward's best", best), ("at the end", last)):
-        print(f"{word}: step {row['step']}, proxy {row['proxy_reward']:.2f}, gold {row['reward']:.2f}, KL {row['kl']:.1f} nats")
+    for when, row in (("best", max(held_out, key=lambda row: row["reward"])), ("last", held_out[-1])):
+        print(f"{when} evaluation: step {row['step']}, proxy {row['proxy_reward']:.2f}, gold {row['reward']:.2f}, "
+              f"KL {row['kl']:.1f} nats")
     RESULTS.mkdir(exist_ok=True)
-    command = " ".join(map(str, ["python ppo_rlhf.py", *flags]))
-    (RESULTS / "overoptimization.json").write_text(json.dumps({"command": command, **curves}, indent=1))
+    results = {"command": " ".join(["python ppo_rlhf.py", *flags]), **curves}
+    (RESULTS / "overoptimization.json").write_text(json.dumps(results) + "\n")
     draw(curves)
 
 
@@ -59,7 +64,8 @@ def draw(curves) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=[2, 1], layout="constrained")
+    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=[2, 1],
+                                            layout="constrained")
     training, held_out = curves["training"], curves["held_out"]
     for key, label, colour in (("proxy_reward", "proxy: the reward model", "C1"), ("reward", "gold: the truth", "C0")):
         top.plot(training["step"], training[key], colour, alpha=0.35)
