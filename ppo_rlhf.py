@@ -21,7 +21,7 @@ The optimum of (1) is pi* = pi_ref exp(r / beta) / Z; the tests hold PPO to it b
 is 0, and whitening then blows up what is left of them: only the decay of the learning rate to 0 lets PPO settle there.
 
     python ppo_rlhf.py                                      # tiny-sft against tiny-rm, judged by the truth
-    python ppo_rlhf.py --beta 0.5                           # closer to the reference
+    python ppo_rlhf.py --beta 1                             # closer to the reference
     python ppo_rlhf.py --reward-fn assets/rewards.py:sentiment           # the truth itself is the reward
     python ppo_rlhf.py --target-kl 3                        # beta finds its own value
     python ppo_rlhf.py --model Qwen/Qwen2.5-0.5B-Instruct --reward-model runs/reward_model \\
@@ -33,16 +33,16 @@ summarisation, 2024):
 
     (2) per token, the score at the last token (S, O)       by its index, so that pad may equal EOS
     critic: own network, from the reward model (S, O)       with another tokenizer or none: from --model, its head 0 (N)
-    no dropout (Z), temperature in all passes (N)           the ratio is exactly 1 before the first update: ratio_first
+    no dropout (Z, N+), temperature in all passes (N)       the ratio is exactly 1 before the first update: ratio_first
     right padding, ids as they were sampled (N)             no position depends on padding, no text is encoded again
     gamma 1, lambda 0.95 (Z), whitening (37, N)             over the tokens of all completions of a step
-    epochs of shuffled mini-batches (37)                    log-probabilities are averaged over a mini-batch's tokens
+    shuffled mini-batches (37), a few epochs of them        one by default; losses: mean over a mini-batch's tokens
     clipped value loss (37, N)                              --clip-value; off: Andrychowicz et al. (2021) found no use
     linear decay of the learning rate (37)                  after 10% warm-up
     gradient clipping (37)                                  policy and critic each by their own norm
     adaptive beta (Z, 2.2)                                  --target-kl; off: beta is fixed
-    a penalty without EOS (N+)                              --missing-eos-penalty
-    early stop on the update's KL (37, Spinning Up)         --max-update-kl; off
+    less for a completion without EOS (N+)                  --missing-eos-penalty is taken off; theirs score -1
+    early stop on the update's KL (Spinning Up)             --max-update-kl; off
     critic first (Zheng et al. 2023)                        --critic-warmup: steps before the policy moves
 
 Left out: pretraining gradients (O), whitening or scaling of rewards (Z: they change beta; reward_model.py centres
@@ -54,7 +54,7 @@ Data: prompts in `--prompt-column` (texts or lists of messages); every column re
 import math
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
