@@ -377,8 +377,10 @@ def main(args: Args) -> None:
         evaluation, samples = evaluate_policy(
             model, tokenizer, eval_rows, gold or proxy, memory.get("reference"), args, step
         )
-        scores = scored(proxy, *([sample[name] for sample in samples] for name in ("prompt", "completion")), eval_rows)
-        evaluation["proxy_reward"] = scores.mean().item()
+        evaluation["proxy_reward"] = evaluation["reward"]
+        if gold and gold is not proxy:
+            texts = ([sample[name] for sample in samples] for name in ("prompt", "completion"))
+            evaluation["proxy_reward"] = scored(proxy, *texts, eval_rows).mean().item()
         run.log(step, **({"loss": 0.0} if step == 0 else {}), **evaluation)  # ratio 1, and advantages of mean 0
         run.write("samples", *samples)
         return evaluation, samples

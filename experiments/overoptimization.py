@@ -1,10 +1,11 @@
 """Over-optimisation: PPO with a KL coefficient that is too small learns the reward model's errors.
 
     pip install -r experiments/requirements.txt
-    python experiments/overoptimization.py                  # runs ppo_rlhf.py, then draws; about three minutes
+    python experiments/overoptimization.py                  # runs ppo_rlhf.py, then draws; a few minutes
     python experiments/overoptimization.py --draw-only      # from the metrics of the run before
 
 What the reward model promises (proxy) keeps rising; the truth (gold) rises, then falls: Gao et al. (2022), figure 1.
+Faint lines: the completions of each step; lines with dots: held-out prompts.
 Writes experiments/results/overoptimization.json (the curves, and the command) and .png.
 """
 
@@ -51,8 +52,12 @@ def main(args: Args) -> None:
     held_out = [row for row in rows if "win_rate" in row]
     curves = {name: {key: [row[key] for row in chosen] for key in ("step", "proxy_reward", "reward", "kl")}
               for name, chosen in (("training", steps), ("held_out", held_out))}
-    for when, row in (("best", max(held_out, key=lambda row: row["reward"])), ("last", held_out[-1])):
-        print(f"{when} evaluation: step {row['step']}, proxy {row['proxy_reward']:.2f}, gold {row['reward']:.2f}, "
+    means = [{name: sum(row[name] for row in steps[i:i + 5]) / 5 for name in ("step", "proxy_reward", "reward", "kl")}
+             for i in range(len(steps) - 4)]  # over five steps
+    best = max(range(len(means)), key=lambda i: means[i]["reward"])
+    worst = min(range(best, len(means)), key=lambda i: means[i]["reward"])
+    for when, row in (("gold at its best", means[best]), ("lowest after that", means[worst]), ("end", means[-1])):
+        print(f"{when}: step {row['step']:g}, proxy {row['proxy_reward']:.2f}, gold {row['reward']:.2f}, "
               f"KL {row['kl']:.1f} nats")
     RESULTS.mkdir(exist_ok=True)
     results = {"command": " ".join(["python ppo_rlhf.py", *flags]), **curves}
