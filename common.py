@@ -754,7 +754,8 @@ def optimal_gain(args, kl: float) -> float | None:
     """The most that any policy with this KL gains in reward over the reference: known in the embedded world, where
     assets/make.py computed it from pi* = pi_ref exp(r / beta) / Z. Linear between its points; None beyond them."""
     gold = str(ASSETS / "rewards.py") + ":sentiment"
-    if (args.model, args.reward_fn, args.temperature) != (str(ASSETS / "tiny-sft"), gold, 1.0):
+    given = [str(Path(name or "").resolve()) for name in (args.model, args.reward_fn)]
+    if (*given, args.temperature) != (str(ASSETS / "tiny-sft"), gold, 1.0):
         return None
     table = json.loads((ASSETS / "frontier.json").read_text())
     points = [(0.0, 0.0)] + [(point["kl"], point["reward"] - table["reward_ref"]) for point in table["points"]]
