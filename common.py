@@ -72,7 +72,8 @@ def parse_args(args_class):
         if not stop.code:
             raise  # --help
         # tyro prints a title, a rule, what is wrong, a rule, and help: framed where the terminal can
-        blocks = re.split(r"(?:─{2,}|-{10,})\W*", " ".join(line.strip("│ ") for line in box.getvalue().splitlines()))
+        text = " ".join(line.strip("│ ") for line in box.getvalue().splitlines())
+        blocks = re.split(r"(?:─{2,}|-{10,})\W*", text)
         raise UserError(f"{blocks[1]} (--help lists the flags)")
     for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_length", "eval_prompts",
                  "max_grad_norm", "max_new_tokens", "temperature", "beta", "eval_every", "save_every"):
@@ -220,7 +221,7 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
 
 @contextlib.contextmanager
 def packed_rows(model, input_ids, needed, attention_mask=None):
-    """-> (forward's arguments, place [B, T]: where each needed token's state stands in the flattened [B * T, D] result).
+    """-> (forward's arguments, place [B, T]: where each needed token's state stands in the result, flattened).
 
     Rows [B, T] are packed into one, [1, N]: without their padding, and a start that is equal to the row's before (the
     prompt of a pair, of a group) only once. Attention alone sees rows, [B, T] again; all else in a transformer works
@@ -254,7 +255,8 @@ def packed_rows(model, input_ids, needed, attention_mask=None):
     before, ALL_ATTENTION_FUNCTIONS["packed_rows"] = config._attn_implementation, attention
     config._attn_implementation = "packed_rows"
     try:
-        yield {"input_ids": input_ids[own][None], "position_ids": columns.expand(B, T)[own][None], "use_cache": False}, place
+        positions = columns.expand(B, T)[own][None]
+        yield {"input_ids": input_ids[own][None], "position_ids": positions, "use_cache": False}, place
     finally:
         config._attn_implementation = before
 
@@ -277,7 +279,7 @@ def can_pack(model) -> bool:
 
 class TargetLogprobs(torch.autograd.Function):
     """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost: its
-    gradient, (1 at the target - softmax) / temperature, too. Each further [n, V] would take longer than its arithmetic."""
+    gradient, (1 at the target - softmax) / temperature, too. Another [n, V] would take longer than its arithmetic."""
 
     @staticmethod
     def forward(ctx, logits, targets, temperature):
@@ -485,7 +487,8 @@ def encode_conversation(tokenizer, messages, stops: list[int], first: int = 0) -
         if not (before.startswith(text) and until.startswith(before)):
             raise UserError("the chat template writes earlier turns differently once an answer follows: give a "
                             "--chat-template whose text only grows")
-        prompt = encode_continuation(tokenizer, before[len(text):]) if ids else encode_prompt(tokenizer, messages[:turn])
+        prompt = (encode_continuation(tokenizer, before[len(text):]) if ids else
+                  encode_prompt(tokenizer, messages[:turn]))
         answer, text = encode_continuation(tokenizer, until[len(before):]), until
         end = next((t + 1 for t, token in enumerate(answer) if token in stops), len(answer))
         ids += prompt + answer

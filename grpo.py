@@ -16,7 +16,7 @@ The two agree neither in what is clipped nor in length: a token of a long comple
     --loss-type dapo        mean over all tokens of the update: DAPO (Yu et al. 2025); `--clip-high 0.28` is its too
     --loss-type dr_grpo     sum over tokens / (completions x --max-new-tokens), a constant; with `--no-scale` it is
                             Dr. GRPO (Liu et al. 2025), whose gradient is the plain policy gradient
-    --ratio sequence        (1) to the letter. GSPO (Zheng et al. 2025) takes the geometric mean over the tokens instead,
+    --ratio sequence        (1) to the letter. GSPO (Zheng et al. 2025) takes the geometric mean over the tokens,
                             rho_i ** (1 / |o_i|): without it, a long completion's ratio soon leaves the clipping range
 
     python grpo.py                                                   # sums: right 34% of the time, then 97%; a minute
@@ -95,7 +95,7 @@ class Args:
     """prompts a rollout; times --group-size completions"""
     micro_batch_size: int | None = None
     """completions a forward pass; default: as many as fit into 4,096 padded tokens"""
-    epochs: float = 1.0
+    epochs: float = 6.0
     """passes over the prompts"""
     max_steps: int | None = None
     """number of rollouts, whatever --epochs says"""
@@ -107,13 +107,13 @@ class Args:
     """of a completion"""
     temperature: float = 1.0
     """of the samples, and of all log-probabilities"""
-    eval_every: int = 25
+    eval_every: int = 150
     """rollouts between held-out evaluations"""
     eval_prompts: int = 500
     """held-out prompts that an evaluation answers"""
     eval_samples: int = 8
     """k of pass@k: further completions of each held-out prompt"""
-    save_every: int = 25
+    save_every: int = 50
     """rollouts between checkpoints"""
     resume: bool = False
     """go on from the checkpoint in --output-dir"""
@@ -150,8 +150,8 @@ def group_advantages(rewards, group_size, scale=True):
 
 
 def kl_k3(logps, ref_logps):
-    """Equation (2) for each element: pi_ref / pi - log(pi_ref / pi) - 1, never negative (nats). Its expectation under pi
-    is KL(pi || pi_ref); the expectation of its gradient is not the KL's, but that of KL(pi_ref || pi): --kl-correction."""
+    """Equation (2) for each element: pi_ref / pi - log(pi_ref / pi) - 1, never negative (nats). Its expectation under
+    pi is KL(pi || pi_ref), but that of its gradient is the gradient of KL(pi_ref || pi): --kl-correction mends it."""
     log_ratio = ref_logps - logps
     return log_ratio.exp() - log_ratio - 1
 
@@ -371,7 +371,9 @@ def main(args: Args) -> None:
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {len(plan)} rollouts of {args.batch_size} x "
           f"{args.group_size} completions, {args.updates_per_rollout} update(s) each", flush=True)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     done, memory = run.start(model, optimizer)
     judged_by = replace(args, reward_fn=" + ".join(args.reward_fn))  # evaluate_policy knows one function by its name
 
@@ -396,7 +398,8 @@ def main(args: Args) -> None:
         with keeping(run, step, model, optimizer, memory):
             rollout = generate(model, tokenizer, prompt_ids, args.group_size, args.max_new_tokens, args.temperature)
             sampled = time.perf_counter()
-            rewards = rewards_of([row["prompt"] for row in batch_rows], rollout.completions, batch_rows)  # [B, functions]
+            prompts = [row["prompt"] for row in batch_rows]
+            rewards = rewards_of(prompts, rollout.completions, batch_rows)  # [B, functions]
         ref_logps = reference_logprobs(reference, rollout, args)  # [B, T]
         scored = time.perf_counter()
 

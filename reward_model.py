@@ -12,9 +12,10 @@ overfit within an epoch (its section 3.5). Or the likelihood of the ranking as a
 
 A `margin` column m asks for r_chosen - r_rejected > m: Llama 2 (Touvron et al. 2023), equation (2).
 
-    python reward_model.py                                           # 4,000 noisy comparisons -> assets/tiny-rm: a minute
-    python reward_model.py --dataset assets/data/rankings.jsonl      # 1,000 rankings of four
-    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-5
+    python reward_model.py                                        # 4,000 noisy comparisons -> assets/tiny-rm
+    python reward_model.py --dataset assets/data/rankings.jsonl   # 1,000 rankings of four
+    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \\
+        --learning-rate 1e-5
 
 The head starts as N(0, 1 / (d + 1)) (Stiennon et al. 2020) and reads the last token of prompt + completion + EOS, found
 by its index. The likelihood does not know the rewards' zero; InstructGPT sets it with a bias, so that reference answers
@@ -24,9 +25,10 @@ are those of the training judgements (tiny-sft's samples, in the embedded world)
 
 The saved model loads with AutoModelForSequenceClassification and gives the same scores, also in batches padded on the
 right: the stock head reads the last token that is not pad, so pad must not be EOS. Where a tokenizer has no pad, or pad
-is EOS, a token <pad> is added. Whoever scores a text must append EOS: TRL's GRPO and RewardTrainer's users often do not.
+is EOS, a token <pad> is added. Whoever scores a text must append EOS: users of TRL's GRPO and RewardTrainer often forget.
 
-Data: `prompt` + `chosen` + `rejected` (or an implicit prompt), optional `margin`; or `prompt` + `responses`, best first.
+Data: `prompt` + `chosen` + `rejected` (or an implicit prompt), optional `margin`; or `prompt` + `responses`, best
+first.
 """
 
 import math
@@ -55,8 +57,8 @@ class Args:
     eval_dataset: str | None = None
     """held-out judgements; default: the embedded ones, or a tenth of --dataset, at most 500 rows"""
     reward_fn: str | None = None
-    """FILE.py:function, the true reward, if there is one: for the Bayes ceiling and the rank correlation in evaluations;
-    default on the embedded data: assets/rewards.py:sentiment"""
+    """FILE.py:function, the true reward, if there is one: for the Bayes ceiling and the rank correlation; default on the
+    embedded data: assets/rewards.py:sentiment"""
     output_dir: str = "runs/reward_model"
     """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
     ranking_loss: Literal["pairs", "plackett-luce"] = "pairs"
@@ -298,7 +300,8 @@ def main(args: Args) -> None:
     margins = torch.tensor([row["margin"] for row in rows])
     if margins.any() and max(map(len, answers)) > 2:
         raise UserError(f"{args.dataset}: 'margin' is for comparisons, and there are rankings: leave one of them out")
-    eval_flat, eval_sizes = [answer for group in eval_answers for answer in group], [len(group) for group in eval_answers]
+    eval_flat = [answer for group in eval_answers for answer in group]
+    eval_sizes = [len(group) for group in eval_answers]
     texts = [(row, text_of(answer)) for row in eval_rows for answer in row["answers"]]
     gold = true_reward([row["prompt"] for row, _ in texts], [text for _, text in texts],
                        [row for row, _ in texts]) if true_reward else None
