@@ -25,7 +25,7 @@ are those of the training judgements (tiny-sft's samples, in the embedded world)
 
 The saved model loads with AutoModelForSequenceClassification and gives the same scores, also in batches padded on the
 right: the stock head reads the last token that is not pad, so pad must not be EOS. Where a tokenizer has no pad, or pad
-is EOS, a token <pad> is added. Whoever scores a text must append EOS: users of TRL's GRPO and RewardTrainer often forget.
+is EOS, a token <pad> is added. Whoever scores a text must append EOS, which users of TRL often forget.
 
 Data: `prompt` + `chosen` + `rejected` (or an implicit prompt), optional `margin`; or `prompt` + `responses`, best
 first.
@@ -57,8 +57,8 @@ class Args:
     eval_dataset: str | None = None
     """held-out judgements; default: the embedded ones, or a tenth of --dataset, at most 500 rows"""
     reward_fn: str | None = None
-    """FILE.py:function, the true reward, if there is one: for the Bayes ceiling and the rank correlation; default on the
-    embedded data: assets/rewards.py:sentiment"""
+    """FILE.py:function, the true reward, if there is one: for the Bayes ceiling and the rank correlation; default on
+    the embedded data: assets/rewards.py:sentiment"""
     output_dir: str = "runs/reward_model"
     """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
     ranking_loss: Literal["pairs", "plackett-luce"] = "pairs"
