@@ -69,7 +69,7 @@ class Args:
     """a completion with at least this reward counts as right in pass@1, pass@k and greedy accuracy"""
     output_dir: str = "runs/grpo"
     """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
-    group_size: int = 16
+    group_size: int = 8
     """G: completions of each prompt"""
     scale: bool = True
     """divide advantages by the group's standard deviation, equation (3); --no-scale: only subtract its mean"""
@@ -89,13 +89,13 @@ class Args:
     """of what the ratio and the KL estimate are taken: DeepSeekMath's tokens, or equation (1)'s whole completions"""
     mask_truncated: bool = False
     """leave completions cut at --max-new-tokens out of the loss (they stay in their group's mean)"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     """peak, after 10% warm-up; then linear decay to 0"""
-    batch_size: int = 32
+    batch_size: int = 64
     """prompts a rollout; times --group-size completions"""
     micro_batch_size: int | None = None
     """completions a forward pass; default: as many as fit into 4,096 padded tokens"""
-    epochs: float = 6.0
+    epochs: float = 8.0
     """passes over the prompts"""
     max_steps: int | None = None
     """number of rollouts, whatever --epochs says"""
@@ -107,7 +107,7 @@ class Args:
     """of a completion"""
     temperature: float = 1.0
     """of the samples, and of all log-probabilities"""
-    eval_every: int = 150
+    eval_every: int = 100
     """rollouts between held-out evaluations"""
     eval_prompts: int = 500
     """held-out prompts that an evaluation answers"""
