@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_runs import metrics_of, run, start
 from tiny import Ids
 
-# --------------------------------------------------------------------------------------- exact: every completion of a model
+# ----------------------------------------------------------------------------------- exact: every completion of a model
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_formulas():
     assert torch.equal(weights, torch.nn.functional.one_hot(scores.argmax(1), 4).double())
 
 
-# ------------------------------------------------------------------------------------------------------------- as it is run
+# --------------------------------------------------------------------------------------------------------- as it is run
 
 REWARD = ROOT / "assets" / "rewards.py"
 QUICK = ["--n", "6", "--split", "train[:12]", "--batch-size", "3", "--max-new-tokens", "12", "--save-every", "1",

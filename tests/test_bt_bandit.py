@@ -89,7 +89,7 @@ def test_derivatives(ties, tie):
     torch.testing.assert_close(terms(x)[2][:size, :size], hessian[:size, :size], rtol=0, atol=1e-7)
 
 
-# ------------------------------------------------------------------------------------------------- against other solvers
+# ------------------------------------------------------------------------------------------------ against other solvers
 
 
 @pytest.mark.parametrize("data", ["games", "simulated", "arena"])
@@ -162,7 +162,7 @@ def test_counts_of_sorted_pairs_equal_counts_of_the_table():
     assert (table.a < table.b).all() and len(table.a) == len(set(zip(table.a.tolist(), table.b.tolist())))
 
 
-# ------------------------------------------------------------------------------------------------------------ invariances
+# ---------------------------------------------------------------------------------------------------------- invariances
 
 
 @pytest.mark.parametrize("ties", ["half", "davidson", "rao-kupper"])
@@ -214,7 +214,7 @@ def test_extreme_counts():
     torch.testing.assert_close(fit.rewards[:-1] - fit.rewards[1:], torch.full((K - 1,), 1000.0, dtype=f64).log(), rtol=0, atol=1e-7)
 
 
-# -------------------------------------------------------------------------------------------------------------- intervals
+# ------------------------------------------------------------------------------------------------------------ intervals
 
 
 def test_coverage():
@@ -242,7 +242,7 @@ def test_sandwich_differs_where_the_model_is_wrong():
     assert bt.covariance(fit, i, j, tied, robust=True).abs().max() < 1e-20 < 1e-4 < bt.covariance(fit, i, j, tied).diagonal().min()
 
 
-# ---------------------------------------------------------------------------------------------------------------- winners
+# -------------------------------------------------------------------------------------------------------------- winners
 
 
 def test_winners():
@@ -280,7 +280,7 @@ def test_misfit():
     assert abs(torch.tensor(deviances).mean() - 1) < 4 * (2 / 200) ** 0.5  # chi^2 with 1 degree: mean 1, variance 2
 
 
-# ----------------------------------------------------------------------------------------------------- no finite maximum
+# ---------------------------------------------------------------------------------------------------- no finite maximum
 
 
 def test_strong_components_against_reachability():
@@ -315,7 +315,7 @@ def test_tie_parameters_without_finite_maximum(ties):
     assert bt.fit_bt([0, 1, 0], [1, 2, 2], [1, 1, 0.5], 3, ties=ties).gradient_norm < 1e-8  # 0 > 1 > 2 = 0: finite, without wins both ways
 
 
-# ---------------------------------------------------------------------------------------------------------- trajectories
+# --------------------------------------------------------------------------------------------------------- trajectories
 
 
 def sampled_walks(slip, num, seed=0):
@@ -394,7 +394,7 @@ def test_ppo_finds_the_optimum(slip):
     assert random + 0.97 * (best - random) < start(policy) <= best + 1e-9
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def call(tmp_path, **flags):

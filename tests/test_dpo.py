@@ -18,7 +18,7 @@ LOGPS = {name: torch.tensor(values) for name, values in EXPECTED["sequence_logps
 NAMES = ["policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"]
 
 
-# ------------------------------------------------------------------------------------------------------ other people's numbers
+# ----------------------------------------------------------------------------------------------- other people's numbers
 
 
 @pytest.mark.parametrize("name, kwargs", [
@@ -69,7 +69,7 @@ def test_an_unknown_loss_type_is_refused():
         dpo_loss(*(LOGPS[n] for n in NAMES), 0.1, loss_type="hinge")
 
 
-# ----------------------------------------------------------------------------------- exact: every sequence of a small language
+# ---------------------------------------------------------------------------- exact: every sequence of a small language
 #
 # Two prompts, three tokens, and every sequence up to three tokens: y ends with token 0 or at length 3. A table of logits for
 # every prefix is a complete autoregressive policy, so pi_ref, pi* and all log-probabilities can be listed.

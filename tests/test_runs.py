@@ -142,7 +142,7 @@ def test_a_copied_script_runs_anywhere(finished, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "runs" / "dpo").chat_template is not None
 
 
-# -------------------------------------------------------------------------------------------------------------------- mistakes
+# ------------------------------------------------------------------------------------------------------------- mistakes
 
 ROW = {"prompt": "Review of The Lost King, a drama:", "chosen": " The plot is good.", "rejected": " The plot is bad."}
 REWARD = "def reward(prompts, completions, **columns):\n    "

@@ -146,7 +146,7 @@ def test_a_conversation_without_an_answer_is_refused():
         encode_conversation(chat_tokenizer(), CONVERSATION[:1], [0])
 
 
-# ------------------------------------------------------------------------------------------------------------------ data sets
+# ------------------------------------------------------------------------------------------------------------ data sets
 
 
 def test_comparisons_in_every_form():
