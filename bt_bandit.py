@@ -317,7 +317,7 @@ def fit_bt(i, j, mu, num_items: int, l2=0.0, weights=None, ties="half", start=No
         x, value, gradient, second, norm_before = new_x, new_value, new_gradient, new_second, norm
     else:
         raise UserError(f"no convergence in 200 Newton steps (gradient norm {norm:.1e}): pass --l2 0.01")
-    if ties != "half" and x[K] > 10:  # odds of exp(10): with few wins each way, r and the tie parameter run off together
+    if ties != "half" and x[K] > 10:  # odds of exp(10): with few wins each way, r and the tie run off together
         raise UserError(f"--ties {ties}: no finite tie parameter fits, for want of wins in both directions: "
                         "use --ties half, or pass --l2 0.01")
     loss = value - l2 / 2 * x[:K].square().sum()
@@ -408,12 +408,13 @@ def check_finite_maximum(pairs: Outcomes, num_items: int, l2: float, ties: str, 
 
     part = 1 + len(pairs.a) // (30 * num_items)  # where a part of the pairs connects all, all do: a fast yes
     if l2 == 0 and components(part).max() > 0 and (component := components(1)).max() > 0:
-        raise UserError(f"no finite maximum: the items fall into {int(component.max()) + 1} groups between which wins go "
-                        f"one way or there are none, {groups_by_name(component, names)}: pass --l2 0.01 for the "
+        raise UserError(f"no finite maximum: the items fall into {int(component.max()) + 1} groups between which wins "
+                        f"go one way or there are none, {groups_by_name(component, names)}: pass --l2 0.01 for the "
                         "regularised fit, or leave the small groups out")
     tied, decided = (pairs.ties > 0).any(), (pairs.wins + pairs.losses > 0).any()
     if ties != "half" and not (tied and decided):
-        raise UserError(f"--ties {ties}: {'all comparisons are ties' if tied else 'there are no ties'}: use --ties half")
+        what = "all comparisons are ties" if tied else "there are no ties"
+        raise UserError(f"--ties {ties}: {what}: use --ties half")
 
 
 def groups_by_name(component: Tensor, names) -> str:
@@ -441,7 +442,7 @@ def simulate(rewards: Tensor, num: int, generator) -> tuple[Tensor, Tensor, Tens
 
 
 def win_shares(i, j, mu, weights, num_items: int) -> tuple[Tensor, Tensor]:
-    """-> P [K, K], the share of i's comparisons with j that i won (1/2 where there are none), and their number n [K, K]."""
+    """-> P [K, K], the share of i's comparisons with j that i won (1/2 if there are none), and their number [K, K]."""
     K = num_items
     wins = torch.bincount(i * K + j, weights * mu, K**2) + torch.bincount(j * K + i, weights * (1 - mu), K**2)
     wins = wins.view(K, K)
@@ -574,7 +575,8 @@ def best_arm(true_P: Tensor, fitted_P: Tensor, counted_P: Tensor, arms_misfit: t
 
 # --------------------------------------------------------------------------------------------------------- real battles
 
-WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}  # the last is LMArena's newer word
+# both_bad is LMArena's newer word
+WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}
 
 
 def read_battles(path: str) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor]:
@@ -586,30 +588,34 @@ def read_battles(path: str) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor]:
     battles = "winner" in rows[0]
     columns = ("model_a", "model_b", "winner") if battles else ("i", "j", "mu")
     if missing := [column for column in columns if column not in rows[0]]:
-        raise UserError(f"--data {path}: no column {missing[0]!r} (columns: {', '.join(rows[0])}): give model_a, model_b, winner or i, j, mu")
+        raise UserError(f"--data {path}: no column {missing[0]!r} (columns: {', '.join(rows[0])}): "
+                        "give model_a, model_b, winner or i, j, mu")
     first, second, mu, weights = [], [], [], []
     for number, row in enumerate(rows, 1):
+        where = f"--data {path}, row {number}"
         a, b, outcome = (row[column] for column in columns)
         if battles and outcome not in WINNERS:
-            raise UserError(f"--data {path}, row {number}: winner {outcome!r} is none of {', '.join(WINNERS)}: rename it")
+            raise UserError(f"{where}: winner {outcome!r} is none of {', '.join(WINNERS)}: rename it")
         if any(name is None or name != name or str(name).strip() == "" for name in (a, b)):
-            raise UserError(f"--data {path}, row {number}: an item has no name: fill it in or delete the row")
-        for what, value, values in (("mu", WINNERS[outcome] if battles else outcome, mu), ("weight", row.get("weight", 1.0), weights)):
+            raise UserError(f"{where}: an item has no name: fill it in or delete the row")
+        outcome = WINNERS[outcome] if battles else outcome
+        for what, value, values in (("mu", outcome, mu), ("weight", row.get("weight", 1.0), weights)):
             try:
                 values.append(float(value))
             except (TypeError, ValueError):
-                raise UserError(f"--data {path}, row {number}: {what} {value!r} is not a number: mend it or delete the row")
+                raise UserError(f"{where}: {what} {value!r} is not a number: mend it or delete the row")
         first.append(str(a))
         second.append(str(b))
     names = sorted({*first, *second})
-    number = {name: k for k, name in enumerate(names)}
-    i, j = (torch.tensor([number[name] for name in side]) for side in (first, second))
+    index = {name: k for k, name in enumerate(names)}
+    i, j = (torch.tensor([index[name] for name in side]) for side in (first, second))
     return names, i, j, torch.tensor(mu, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
 
 
 def held_out(i, j, mu, weights, num_items: int, args: Args) -> dict:
-    """Fit to nine tenths of the rows; on the others log-loss (nats a comparison) and accuracy (whether the side predicted won,
-    of comparisons that were no ties), each against a constant: the outcomes' shares in the nine tenths."""
+    """Fit to nine tenths of the rows; on the others log-loss (nats a comparison) and accuracy (whether the side
+    predicted won, of comparisons that were no ties), each against a constant: the outcomes' shares in the nine tenths.
+    """
     order = torch.randperm(len(i), generator=torch.Generator().manual_seed(args.seed))
     test, train = order[:max(1, len(i) // 10)], order[max(1, len(i) // 10):]
     for l2 in (args.l2, max(args.l2, 0.1)):  # an item of few comparisons may lose its last win: the ridge, then
@@ -621,19 +627,47 @@ def held_out(i, j, mu, weights, num_items: int, args: Args) -> dict:
     else:
         return {"held_out": 0}
     results = {"held_out": len(test), "held_out_l2": l2}
-    seen, unseen = (torch.stack(outcomes(i[rows], j[rows], mu[rows], weights[rows], args.ties)[2:]) for rows in (train, test))
-    share = torch.maximum(seen.sum(1), seen.new_tensor([0.5, 0.0 if args.ties == "half" else 0.5, 0.5]))  # half a win, if there is none
+    seen, unseen = (torch.stack(outcomes(i[rows], j[rows], mu[rows], weights[rows], args.ties)[2:])
+                    for rows in (train, test))  # [3, N]
+    half_a_win = seen.new_tensor([0.5, 0.0 if args.ties == "half" else 0.5, 0.5])  # if there is none
+    share = torch.maximum(seen.sum(1), half_a_win)
     share = share / share.sum()
-    decisive, total = mu[test] != 0.5, weights[test].sum()
-    for name, P in (("", outcome_probabilities(fit.rewards[i[test]] - fit.rewards[j[test]], fit.tie, args.ties)),
+    i, j, mu, weights = i[test], j[test], mu[test], weights[test]
+    decisive, total = mu != 0.5, weights.sum()
+    for name, P in (("", outcome_probabilities(fit.rewards[i] - fit.rewards[j], fit.tie, args.ties)),
                     ("_constant", share[:, None].expand(3, len(test)))):
-        losses = -torch.xlogy(unseen, P).sum(0) / weights[test]
-        right = 0.5 + 0.5 * torch.sign((P[0] - P[2]) * (mu[test] - 0.5))[decisive]
-        mean = (losses * weights[test]).sum() / total
+        losses = -torch.xlogy(unseen, P).sum(0) / weights
+        right = 0.5 + 0.5 * torch.sign((P[0] - P[2]) * (mu - 0.5))[decisive]
+        mean = (losses * weights).sum() / total
         results |= {f"log_loss{name}": mean.item(),
-                    f"log_loss{name}_se": ((weights[test] * (losses - mean)).square().sum().sqrt() / total).item(),
-                    f"accuracy{name}": ((right * weights[test][decisive]).sum() / weights[test][decisive].sum()).item()}
+                    f"log_loss{name}_se": ((weights * (losses - mean)).square().sum().sqrt() / total).item(),
+                    f"accuracy{name}": ((right * weights[decisive]).sum() / weights[decisive].sum()).item()}
     return results
+
+
+def rate(fit: BTFit, i, j, mu, weights, anchor: int | None, args: Args) -> dict[str, Tensor]:
+    """The columns of ratings.csv, each [K]. Ratings are differences to the item `anchor`, or to the mean of all."""
+    K, points = len(fit.rewards), args.scale / math.log(10)
+    eye = torch.eye(K, dtype=torch.float64)
+    differences = eye - (1 / K if anchor is None else eye[anchor])  # [K, K], to be applied to the rewards
+    ratings = args.anchor + points * (differences @ fit.rewards)
+    V = covariance(fit, i, j, mu, args.l2, weights, args.ties, robust=True)
+    half = 1.96 * points * (differences @ V @ differences.T).diagonal().clamp(min=0).sqrt()
+    low, high = ratings - half, ratings + half
+    columns = {"rating": ratings, "low": low, "high": high}
+    if args.bootstrap:
+        # Weights from Exp(1) (Rubin 1981), not rows drawn anew: no comparison vanishes, so no refit loses its maximum.
+        generator, refits = torch.Generator().manual_seed(args.seed), []
+        for _ in range(args.bootstrap):
+            draw = -torch.rand(len(i), generator=generator, dtype=torch.float64).log() + 1e-12
+            refits.append(fit_bt(i, j, mu, K, args.l2, weights * draw, args.ties, start=fit).rewards)
+        quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        refitted = args.anchor + points * (torch.stack(refits) @ differences.T).quantile(quantiles, 0)  # [2, K]
+        columns |= {"bootstrap_low": refitted[0], "bootstrap_high": refitted[1]}
+    surely_better, surely_worse = (low > high[:, None]).sum(1), (high < low[:, None]).sum(1)
+    return columns | {"rank": 1 + (ratings > ratings[:, None]).sum(1), "rank_low": 1 + surely_better,
+                      "rank_high": K - surely_worse,
+                      "comparisons": torch.bincount(torch.cat([i, j]), torch.cat([weights, weights]), K)}
 
 
 def battles(args: Args, out: Path) -> dict:
@@ -646,56 +680,59 @@ def battles(args: Args, out: Path) -> dict:
         checked = held_out(i, j, mu, weights, K, args)
     except UserError as error:
         raise UserError(f"--data {args.data}, {error}")
-    zero = torch.eye(K, dtype=torch.float64) - 1 / K if args.anchor_item is None else torch.eye(K, dtype=torch.float64)
-    if args.anchor_item is not None:
-        zero[:, names.index(args.anchor_item)] -= 1  # rows of `zero` are the differences that ratings are
-    points = args.scale / math.log(10)
-    ratings = args.anchor + points * (zero @ fit.rewards)
-    V = covariance(fit, i, j, mu, args.l2, weights, args.ties, robust=True)
-    half = 1.96 * points * (zero @ V @ zero.T).diagonal().clamp(min=0).sqrt()
-    low, high = ratings - half, ratings + half
-    columns = {"rating": ratings, "low": low, "high": high}
-    if args.bootstrap:
-        # Weights drawn from Exp(1) (Rubin 1981), not rows drawn anew: no comparison vanishes, so no refit loses its maximum.
-        generator = torch.Generator().manual_seed(args.seed)
-        draws = [-torch.rand(len(i), generator=generator, dtype=torch.float64).log() + 1e-12 for _ in range(args.bootstrap)]
-        refits = torch.stack([fit_bt(i, j, mu, K, args.l2, weights * draw, args.ties, start=fit).rewards for draw in draws])
-        columns["bootstrap_low"], columns["bootstrap_high"] = (
-            args.anchor + points * (refits @ zero.T).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0))
-    better, worse = (low[None, :] > high[:, None]).sum(1), (high[None, :] < low[:, None]).sum(1)
-    columns |= {"rank": 1 + (ratings[None, :] > ratings[:, None]).sum(1), "rank_low": 1 + better, "rank_high": K - worse,
-                "comparisons": torch.bincount(torch.cat([i, j]), torch.cat([weights, weights]), K)}
-    order = ratings.argsort(descending=True).tolist()
+    anchor = None if args.anchor_item is None else names.index(args.anchor_item)
+    columns = rate(fit, i, j, mu, weights, anchor, args)
+    order = columns["rating"].argsort(descending=True).tolist()
     P = outcome_probabilities(fit.rewards[:, None] - fit.rewards, fit.tie, args.ties)
     P = P[0] + P[1] / 2
-    write_csv(out / "ratings.csv", [["item", *columns]] + [[names[k], *(v[k].item() for v in columns.values())] for k in order])
-    write_csv(out / "win_matrix.csv", [["item", *(names[k] for k in order)]] + [[names[k], *P[k, order].tolist()] for k in order])
+    write_csv(out / "ratings.csv", ["item", *columns],
+              [[names[k], *(column[k].item() for column in columns.values())] for k in order])
+    write_csv(out / "win_matrix.csv", ["item", *(names[k] for k in order)],
+              [[names[k], *P[k, order].tolist()] for k in order])
 
     tie = {"half": "a tie is half a win", "davidson": f"Davidson, nu = {math.exp(fit.tie):.3f}",
            "rao-kupper": f"Rao-Kupper, theta = {fit.tie:.3f}"}[args.ties]
-    print(f"{len(i):,} comparisons of {K} items, {(mu == 0.5).double().mean():.0%} ties ({tie}); {fit.iterations} Newton steps, gradient norm "
-          f"{fit.gradient_norm:.0e}. 95% intervals by the sandwich{' and by bootstrap' if args.bootstrap else ''}:")
-    table = [["item", "rank", "of", "rating", "95%"] + ["bootstrap"] * bool(args.bootstrap) + ["comparisons"]]
-    for k in order[:25]:
-        interval = [f"{columns[name + 'low'][k]:.0f} {columns[name + 'high'][k]:.0f}" for name in ("", "bootstrap_") if name + "low" in columns]
-        table.append([names[k][:40], int(columns["rank"][k]), f"{better[k] + 1}-{K - worse[k]}", f"{ratings[k]:.1f}", *interval,
-                      f"{columns['comparisons'][k]:g}"])
-    print_table(table)
-    print(f"{'all in' if K <= 25 else f'all {K} in'} {out / 'ratings.csv'}\n\nP(row beats column), a tie for half; all in {out / 'win_matrix.csv'}:")
-    print_table([["", *(f"({n + 1})" for n in range(min(K, 8)))]] +
-                [[f"({n + 1}) {names[k][:24]}", *(f"{P[k, m]:.2f}" if k != m else "" for m in order[:8])] for n, k in enumerate(order[:8])])
-    print(f"\n{checked['held_out']} comparisons held out" + (f", l2 {checked['held_out_l2']:g} for the others:" if checked["held_out"] else ": too few"))
-    if checked["held_out"]:
-        print_table([["", "log-loss", "accuracy without ties"]] +
-                    [[what, f"{checked['log_loss' + c]:.4f} ± {checked['log_loss' + c + '_se']:.4f}", f"{checked['accuracy' + c]:.1%}"]
-                     for what, c in (("Bradley-Terry", ""), ("constant", "_constant"))])
+    print(f"{len(i):,} comparisons of {K} items, {(mu == 0.5).double().mean():.0%} ties ({tie}); {fit.iterations} "
+          f"Newton steps, gradient norm {fit.gradient_norm:.0e}. 95% intervals by the sandwich"
+          f"{' and by bootstrap' if args.bootstrap else ''}:")
+    print_ratings([names[k] for k in order], {name: column[order] for name, column in columns.items()})
+    print(f"{'all in' if K <= 25 else f'all {K} in'} {out / 'ratings.csv'}\n")
+    print(f"P(row beats column), a tie for half; all in {out / 'win_matrix.csv'}:")
+    print_table([["", *(f"({n})" for n, _ in enumerate(order[:8], 1))]] +
+                [[f"({n}) {names[k][:24]}", *(f"{P[k, m]:.2f}" if k != m else "" for m in order[:8])]
+                 for n, k in enumerate(order[:8], 1)])
+    print_held_out(checked)
     return {"items": K, "comparisons": len(i), "tie": fit.tie, "loss": fit.loss, "gradient_norm": fit.gradient_norm,
             "iterations": fit.iterations, **checked}
 
 
-def write_csv(path: Path, rows: list[list]) -> None:
+def print_ratings(names: list[str], columns: dict[str, Tensor]) -> None:
+    """The first 25 items."""
+    kinds = {"95%": "", "bootstrap": "bootstrap_"} if "bootstrap_low" in columns else {"95%": ""}
+    table = [["item", "rank", "of", "rating", *kinds, "comparisons"]]
+    for k, name in enumerate(names[:25]):
+        row = {column: values[k].item() for column, values in columns.items()}
+        intervals = [f"{row[kind + 'low']:.0f} {row[kind + 'high']:.0f}" for kind in kinds.values()]
+        table.append([name[:40], row["rank"], f"{row['rank_low']}-{row['rank_high']}", f"{row['rating']:.1f}",
+                      *intervals, f"{row['comparisons']:g}"])
+    print_table(table)
+
+
+def print_held_out(checked: dict) -> None:
+    if not checked["held_out"]:
+        print("\n0 comparisons held out: too few")
+        return
+    print(f"\n{checked['held_out']} comparisons held out, l2 {checked['held_out_l2']:g} for the others:")
+    table = [["", "log-loss", "accuracy without ties"]]
+    for what, name in (("Bradley-Terry", ""), ("constant", "_constant")):
+        log_loss = f"{checked[f'log_loss{name}']:.4f} ± {checked[f'log_loss{name}_se']:.4f}"
+        table.append([what, log_loss, f"{checked[f'accuracy{name}']:.1%}"])
+    print_table(table)
+
+
+def write_csv(path: Path, header: list, rows: list[list]) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_atomically(path, text.getvalue().encode())
 
 
@@ -738,15 +775,16 @@ def action_values(transitions: Tensor, rewards: Tensor, policy: Tensor | None = 
 
 
 def identifiable(states_1, actions_1, states_2, actions_2) -> Tensor:
-    """What pairs of trajectories [N, T] say about r(s, a): the projection [S A, S A] on the span of the differences of their
-    visit counts. (3) sees r through these differences only, so the part of r in the span is identified, and the rest is not:
-    a table v that is invisible has the same sum along all trajectories.
+    """What pairs of trajectories [N, T] say about r(s, a): the projection [S A, S A] on the span of the differences of
+    their visit counts. (3) sees r through these differences only, so the part of r in the span is identified, and the
+    rest is not: a table v that is invisible has the same sum along all trajectories.
 
-    All trajectories start in one state and have T = 5 steps, and (s, a) says which step it is. With slip = 0 the invisible v
-    are all of the form psi(s') - psi(s) with psi = const after the end: potential shaping (Ng, Harada & Russell 1999), one
-    number for each of the 13 states in reach; 3 * 13 - 13 = 26 are identified. They are the optimal advantages, so the optimal
-    policies are too. With slip > 0 each row follows each (s, a) of the middle row, so psi may depend on the column only: a
-    constant for each of the 5 steps is all that is lost, and 39 - 5 = 34 are identified."""
+    All trajectories start in one state and have T = 5 steps, and (s, a) says which step it is. With slip = 0 the
+    invisible v are all of the form psi(s') - psi(s) with psi = const after the end: potential shaping (Ng, Harada &
+    Russell 1999), one number for each of the 13 states in reach; 3 * 13 - 13 = 26 are identified. They are the optimal
+    advantages, so the optimal policies are too. With slip > 0 each row follows each (s, a) of the middle row, so psi
+    may depend on the column only: a constant for each of the 5 steps is all that is lost, and 39 - 5 = 34 are
+    identified."""
     difference = visit_differences(states_1, actions_1, states_2, actions_2)
     values, vectors = torch.linalg.eigh(difference.T @ difference)
     seen = vectors[:, values > 1e-9 * values.max()]
@@ -754,20 +792,23 @@ def identifiable(states_1, actions_1, states_2, actions_2) -> Tensor:
 
 
 def visit_differences(states_1, actions_1, states_2, actions_2) -> Tensor:
-    """[N, S A]: how many times more often the first trajectory of a pair takes action a in state s than the second does."""
-    counts = [F.one_hot(s * ACTIONS + a, ROWS * COLUMNS * ACTIONS).sum(1) for s, a in ((states_1, actions_1), (states_2, actions_2))]
-    return (counts[0] - counts[1]).double()
+    """[N, S A]: how much more often the first trajectory of a pair takes action a in state s than the second does."""
+    first, second = (F.one_hot(states * ACTIONS + actions, ROWS * COLUMNS * ACTIONS).sum(1)
+                     for states, actions in ((states_1, actions_1), (states_2, actions_2)))
+    return (first - second).double()
 
 
 def fit_trajectory_rewards(states_1, actions_1, states_2, actions_2, mu, l2: float) -> Tensor:
-    """The table [S, A] that minimises trajectory_loss, of all those the one of least norm: from 0, steps along gradients stay in
-    the identifiable span."""
+    """The table [S, A] that minimises trajectory_loss, of all those the one of least norm: from 0, steps along
+    gradients stay in the identifiable span."""
     table = torch.zeros(ROWS * COLUMNS, ACTIONS, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([table], max_iter=1000, history_size=50, tolerance_grad=1e-8, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([table], max_iter=1000, history_size=50, tolerance_grad=1e-8, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = trajectory_loss(table[states_1, actions_1], table[states_2, actions_2], mu) + l2 / 2 * table.square().sum()
+        loss = trajectory_loss(table[states_1, actions_1], table[states_2, actions_2], mu)
+        loss = loss + l2 / 2 * table.square().sum()
         loss.backward()
         return loss
 
@@ -776,16 +817,18 @@ def fit_trajectory_rewards(states_1, actions_1, states_2, actions_2, mu, l2: flo
     difference, seen = visit_differences(*pairs), identifiable(*pairs)
     p = torch.sigmoid(difference @ table.flatten())
     information = difference.T @ (difference * (p * (1 - p))[:, None]) + torch.eye(len(seen)) - seen
-    if l2 == 0 and torch.linalg.eigvalsh(information).min() < 1e-3:  # a standard error above 30 nats: running off, with no maximum
-        raise UserError(f"--comparisons {len(mu)}: too few, the learned rewards have no finite maximum: give more, or pass --l2 0.01")
+    if l2 == 0 and torch.linalg.eigvalsh(information).min() < 1e-3:  # a standard error above 30 nats: no maximum
+        raise UserError(f"--comparisons {len(mu)}: too few, the learned rewards have no finite maximum: "
+                        "give more, or pass --l2 0.01")
     return table
 
 
-def ppo(transitions: Tensor, rewards: Tensor, generator, iterations=60, walks=256, epochs=4, clip=0.2, lam=0.95) -> Tensor:
+def ppo(transitions: Tensor, rewards: Tensor, generator,
+        iterations=60, walks=256, epochs=4, clip=0.2, lam=0.95) -> Tensor:
     """Proximal policy optimization (Schulman et al. 2017) of a softmax policy on rewards [S, A] -> policy [S, A].
 
-        max  E min( rho A, clip(rho, 1 - clip, 1 + clip) A ),    rho = pi(a | s) / pi_old(a | s)              (6), their (7)
-        A_t = sum_k lam^k delta_{t+k},   delta_t = r_t + V(s_{t+1}) - V(s_t)                                   (7), their (11)
+        max  E min( rho A, clip(rho, 1 - clip, 1 + clip) A ),    rho = pi(a | s) / pi_old(a | s)         (6), their (7)
+        A_t = sum_k lam^k delta_{t+k},   delta_t = r_t + V(s_{t+1}) - V(s_t)                             (7), their (11)
 
     without discount. The advantages are standardised; V is a table that is fitted to the returns A + V."""
     logits = torch.zeros_like(rewards, requires_grad=True)
@@ -821,18 +864,24 @@ def trajectories(args: Args, out: Path) -> dict:
     seen = identifiable(*pairs)
     identified, error = seen @ rewards.flatten(), seen @ (learned - rewards).flatten()
     rank = round(seen.trace().item())
-    print(f"{len(mu):,} pairs of walks of {COLUMNS} steps identify {rank} directions of the {rewards.numel()} numbers r(s, a); there the learned "
-          f"rewards are off by {error.norm() / identified.norm():.0%} of the true ones' norm.\n")
-    by_ppo = ppo(transitions, learned, generator)
-    best = action_values(transitions, rewards)[START].max().item()
-    value = {"random": uniform, "PPO on the learned reward": by_ppo,
-             "optimal for the learned reward": F.one_hot(action_values(transitions, learned).argmax(1), ACTIONS).double()}
-    value = {name: (policy * action_values(transitions, rewards, policy)).sum(1)[START].item() for name, policy in value.items()}
-    value["optimal for the true reward (value iteration)"] = best
-    share = {name: (v - value["random"]) / (best - value["random"]) for name, v in value.items()}
-    print_table([["policy", "true return", "of the way from random to optimal"]] + [[n, v, f"{share[n]:.1%}"] for n, v in value.items()])
-    return {"identified": rank, "reward_error": (error.norm() / identified.norm()).item(), "return_random": value["random"],
-            "return_ppo": value["PPO on the learned reward"], "return_optimal": best, "share_of_optimum": share["PPO on the learned reward"]}
+    reward_error = (error.norm() / identified.norm()).item()
+    print(f"{len(mu):,} pairs of walks of {COLUMNS} steps identify {rank} directions of the {rewards.numel()} numbers "
+          f"r(s, a); there the learned rewards are off by {reward_error:.0%} of the true ones' norm.\n")
+
+    def true_return(policy):
+        return (policy * action_values(transitions, rewards, policy)).sum(1)[START].item()
+
+    greedy = F.one_hot(action_values(transitions, learned).argmax(1), ACTIONS).double()
+    best, random = action_values(transitions, rewards)[START].max().item(), true_return(uniform)
+    by_ppo = true_return(ppo(transitions, learned, generator))
+    table = [["policy", "true return", "of the way from random to optimal"]]
+    for name, value in (("random", random), ("PPO on the learned reward", by_ppo),
+                        ("optimal for the learned reward", true_return(greedy)),
+                        ("optimal for the true reward (value iteration)", best)):
+        table.append([name, value, f"{(value - random) / (best - random):.1%}"])
+    print_table(table)
+    return {"identified": rank, "reward_error": reward_error, "return_random": random, "return_ppo": by_ppo,
+            "return_optimal": best, "share_of_optimum": (by_ppo - random) / (best - random)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -843,13 +892,17 @@ def main(args: Args) -> None:
         if not least <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {least}")
     if not 0 < args.scale < math.inf or not math.isfinite(args.anchor) or args.slip > 1:
-        raise UserError(f"--scale {args.scale}, --anchor {args.anchor}, --slip {args.slip}: scale above 0, anchor finite, slip at most 1")
+        raise UserError(f"--scale {args.scale}, --anchor {args.anchor}, --slip {args.slip}: "
+                        "scale above 0, anchor finite, slip at most 1")
     began, out = time.perf_counter(), Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "args.json", json.dumps(asdict(args), indent=1).encode())
     results = (battles if args.data else {"bandit": bandit, "trajectories": trajectories}[args.setting])(args, out)
-    results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}  # accuracy, of ties only
-    write_atomically(out / "results.json", json.dumps({**results, "seconds": time.perf_counter() - began}, indent=1).encode())
+    for name, value in results.items():
+        if isinstance(value, float) and not math.isfinite(value):  # accuracy, where all were ties
+            results[name] = None
+    results["seconds"] = time.perf_counter() - began
+    write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     print(f"saved to {out}")
 
 
