@@ -7,17 +7,17 @@ With F(y) the probability that a sample of pi_ref scores at most r(x, y), and F(
     KL(pi_n || pi_ref) <= log n - (n - 1) / n,    equal where no two answers tie                                  (2)
     P(kept answer beats a fresh sample) = n / (n + 1),    by the reward that chose it, without ties                (3)
 
-(2): Stiennon et al. (2020), appendix G.3; that it is only a bound: Beirami et al. (2024). Ties take away what the choice
-among equals would have told: (1) and the chain rule give, with rho = F(<y) / F(y) and y drawn from pi_n,
+(2): Stiennon et al. (2020), appendix G.3; that it is only a bound: Beirami et al. (2024). Ties take away what the
+choice among equals would have told: (1) and the chain rule give, with rho = F(<y) / F(y) and y drawn from pi_n,
 
     KL(pi_n || pi_ref) = log n - (n - 1) / n - E[ g(rho, n) ],    g in kl_of_ties()                               (4)
 
-Every n = 1, 2, 4 ... N comes from one set of N samples a prompt, without bias: the mean over all subsets of n, which is a
-weighted mean of the sorted samples, weights C(k - 1, n - 1) / C(N, n) for the k-th (Nakano et al. 2021, appendix I).
+Every n = 1, 2, 4 ... N comes from one set of N samples a prompt, without bias: the mean over all subsets of n, which is
+a weighted mean of the sorted samples, weights C(k - 1, n - 1) / C(N, n) for the k-th (Nakano et al. 2021, appendix I).
 
-    python best_of_n.py                                # tiny-sft, chosen by tiny-rm, judged by the truth: about a minute
-    python best_of_n.py --reward-fn assets/rewards.py:sentiment        # chosen by the truth itself: many ties
-    python best_of_n.py --n 16 --dataset assets/data/review_prompts.jsonl --split train      # data for sft.py and dpo.py
+    python best_of_n.py                               # tiny-sft, chosen by tiny-rm, judged by the truth: about a minute
+    python best_of_n.py --reward-fn assets/rewards.py:sentiment       # chosen by the truth itself: many ties
+    python best_of_n.py --n 16 --dataset assets/data/review_prompts.jsonl --split train     # data for sft.py and dpo.py
     python sft.py --model assets/tiny-sft --dataset runs/best_of_n/best.jsonl
     python dpo.py --dataset runs/best_of_n/pairs.jsonl --reward-fn assets/rewards.py:sentiment
 
@@ -82,7 +82,7 @@ class Args:
     """also write TensorBoard events"""
 
 
-# ------------------------------------------------------------------------------------------------------------ estimators
+# ----------------------------------------------------------------------------------------------------------- estimators
 
 
 def best_of_n_kl(n: int) -> float:
@@ -157,13 +157,14 @@ def judged(rollout, rows, num_samples: int, proxy, gold, step: int) -> dict:
     keys = [(i // num_samples, text) for i, text in enumerate(rollout.completions)]
     different = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     number = torch.tensor([different[key] for key in keys])
-    arguments = [rows[i]["prompt"] for i, _ in different], [text for _, text in different], [rows[i] for i, _ in different]
+    scored_rows, completions = [rows[i] for i, _ in different], [text for _, text in different]
+    arguments = [row["prompt"] for row in scored_rows], completions, scored_rows
     result = {"proxy": proxy(*arguments).double()[number]}
     result["gold"] = gold(*arguments).double()[number] if gold else result["proxy"]
     if not result["proxy"].isfinite().all():
-        bad = keys[result["proxy"].isfinite().long().argmin()]
-        raise UserError(f"--reward-model: not a finite score for prompt {str(rows[bad[0]]['prompt'])[:80]!r}, completion "
-                        f"{bad[1][:80]!r} (step {step}): train it with a lower --learning-rate")
+        i, text = keys[result["proxy"].isfinite().long().argmin()]
+        raise UserError(f"--reward-model: not a finite score for prompt {str(rows[i]['prompt'])[:80]!r}, completion "
+                        f"{text[:80]!r} (step {step}): train it with a lower --learning-rate")
     seen = set()
     first = torch.tensor([not (key in seen or seen.add(key)) for key in keys])
     result |= {"logps": rollout.logps.sum(1).cpu(), "first": first, "ended": rollout.ended}
@@ -205,7 +206,8 @@ def main(args: Args) -> None:
         return rollout, judged(rollout, rows, num_samples, proxy, gold, step)
 
     def kept(rollout, scores, rows, step, index):
-        return [{"step": step, "prompt": row["prompt"], "completion": rollout.completions[i * scores["proxy"].shape[1] + j],
+        num_samples = scores["proxy"].shape[1]
+        return [{"step": step, "prompt": row["prompt"], "completion": rollout.completions[i * num_samples + j],
                  "ended": scores["ended"][i, j].item(), "reward": scores["gold"][i, j].item(),
                  "proxy_reward": scores["proxy"][i, j].item()} for i, (row, j) in enumerate(zip(rows, index.tolist()))]
 
@@ -232,7 +234,8 @@ def main(args: Args) -> None:
         tokens = sum(len(ids) for ids, _ in rollout.rows)
         run.log(step + 1, **metrics, tokens_per_s=tokens / (time.perf_counter() - began))
         run.write("samples", *best)
-        bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("proxy_reward", "reward", "win_rate")}, refresh=False)
+        shown = {name: f"{metrics[name]:.2f}" for name in ("proxy_reward", "reward", "win_rate")}
+        bar.set_postfix(shown, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             run.save_checkpoint(step + 1, nothing, nothing, memory)
     finish(run, args, memory, ref_gold)
@@ -254,20 +257,22 @@ def finish(run, args: Args, memory: dict, ref_gold: torch.Tensor) -> None:
     evaluation = dict(results[args.n])
     evaluation["proxy_reward_ref"] = sum(s["proxy_reward"] for s in memory["reference"]) / len(memory["reference"])
     for n, metrics in results.items():
-        evaluation |= {f"{name}_n{n}": metrics[name] for name in ("proxy_reward", "reward", "kl", "kl_bound", "win_rate")}
+        for name in ("proxy_reward", "reward", "kl", "kl_bound", "win_rate"):
+            evaluation[f"{name}_n{n}"] = metrics[name]
     optimum = optimal_gain(args, evaluation["kl"])
     if optimum:
         evaluation["share_of_optimum"] = (evaluation["reward"] - results[1]["reward"]) / optimum
     report(run, evaluation, memory["best"], memory["reference"])
 
-    print(f"\n{len(memory['best'])} prompts, every n from the same {args.n} samples of each; gap: what the proxy gained "
-          "and the judge did not;\nKL: its bound log n - (n - 1) / n, and the estimate with ties; win rate against one "
-          "sample, by the judge, and n / (n + 1)")
+    print(f"\n{len(memory['best'])} prompts, every n from the same {args.n} samples of each; gap: what the proxy "
+          "gained and the judge did not;\nKL: its bound log n - (n - 1) / n, and the estimate with ties; win rate "
+          "against one sample, by the judge, and n / (n + 1)")
     table = [["n", "proxy reward", "gold reward", "gap", "KL bound", "KL", "win rate", "n/(n+1)"]]
     for n, m in results.items():
         gap = m["proxy_reward"] - results[1]["proxy_reward"] - (m["reward"] - results[1]["reward"])
-        table.append([n, *(f"{m[name]:.2f} ± {m[name + '_se']:.2f}" for name in ("proxy_reward", "reward")), f"{gap:.2f}",
-                      m["kl_bound"], m["kl"], f"{m['win_rate']:.1%} ± {m['win_rate_se']:.1%}", f"{best_of_n_win_rate(n):.1%}"])
+        proxy, gold = (f"{m[name]:.2f} ± {m[name + '_se']:.2f}" for name in ("proxy_reward", "reward"))
+        win_rate = f"{m['win_rate']:.1%} ± {m['win_rate_se']:.1%}"
+        table.append([n, proxy, gold, f"{gap:.2f}", m["kl_bound"], m["kl"], win_rate, f"{best_of_n_win_rate(n):.1%}"])
     print_table(table)
     print(f"{len(singles)} kept answers in {run.dir / 'best.jsonl'}, {len(pairs)} pairs in {run.dir / 'pairs.jsonl'}")
 

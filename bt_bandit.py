@@ -4,8 +4,8 @@ Items i (arms, chat models) have latent rewards r_i. A judge prefers i to j with
 
     p_ij = exp(r_i) / (exp(r_i) + exp(r_j)) = sigma(r_i - r_j)                                                     (1)
 
-and from comparisons (i, j, mu), mu = 1 where i was preferred, 0 where j was, 1/2 where neither, with weights w, the rewards
-are found by maximum likelihood: they minimise
+and from comparisons (i, j, mu), mu = 1 where i was preferred, 0 where j was, 1/2 where neither, with weights w, the
+rewards are found by maximum likelihood: they minimise
 
     L(r) = - sum_n w_n [ mu_n log p_ij + (1 - mu_n) log p_ji ]  ( + l2/2 |r|^2 )                                   (2)
 
@@ -24,15 +24,15 @@ In (2) a tie is half a win for each. Two models give it a probability of its own
     python bt_bandit.py --data battles.csv --ties davidson --anchor-item gpt-4 --anchor 1200
     python bt_bandit.py --setting trajectories                 # learn r(s, a) from pairs, then PPO: a few seconds
 
-Expect, on the bandit, 95% intervals that cover the true rewards 95% of the time, an error that falls as N^-1/2, and three
-definitions of the best arm that agree, as they must under (1) and need not elsewhere; on trajectories, a policy within 1% of
-the optimum. The maximum of (2) is finite if and only if the items are strongly connected by edges winner -> loser (Ford
-1957); where they are not, the groups are named and the run ends.
+Expect, on the bandit, 95% intervals that cover the true rewards 95% of the time, an error that falls as N^-1/2, and
+three definitions of the best arm that agree, as they must under (1) and need not elsewhere; on trajectories, a policy
+within 1% of the optimum. The maximum of (2) is finite if and only if the items are strongly connected by edges
+winner -> loser (Ford 1957); where they are not, the groups are named and the run ends.
 
-The walk, the MDP of --setting trajectories: 5 columns of 3 rows, a walker who starts in the middle of the first column and
-moves one column to the right with each of 5 actions; action 0, 1, 2 goes one row up, straight on, one row down (at a
-wall it stays), but with probability --slip the direction is drawn at random. r(s, a) is drawn from N(0, 1). Trajectories are
-compared that a random walker makes; what they identify is stated at `identifiable`.
+The walk, the MDP of --setting trajectories: 5 columns of 3 rows, a walker who starts in the middle of the first column
+and moves one column to the right with each of 5 actions; action 0, 1, 2 goes one row up, straight on, one row down (at
+a wall it stays), but with probability --slip the direction is drawn at random. r(s, a) is drawn from N(0, 1).
+Trajectories are compared that a random walker makes; what they identify is stated at `identifiable`.
 """
 
 import csv
@@ -109,7 +109,7 @@ def transitive_probability(p_ij, p_jk):
 
 
 def condorcet_winner(P: Tensor) -> int | None:
-    """P [K, K], the diagonal unread -> the (first) item with P[i, j] >= 1/2 against every other; None where there is none."""
+    """P [K, K], the diagonal unread -> the (first) item with P[i, j] >= 1/2 against every other, or None."""
     winners = (P >= 0.5).fill_diagonal_(True).all(1).nonzero().flatten().tolist()
     return winners[0] if winners else None
 
@@ -137,7 +137,7 @@ def outcome_probabilities(d: Tensor, tie: float, ties: str) -> Tensor:
 
 
 class Outcomes(NamedTuple):
-    """Weights of what happened to item a against item b: of single comparisons, or counted up for pairs a < b. All [P]."""
+    """Weights of what happened to item a against b: of single comparisons, or counted up for pairs a < b. All [P]."""
     a: Tensor
     b: Tensor
     wins: Tensor
@@ -190,7 +190,7 @@ def likelihood_terms(rewards: Tensor, tie: Tensor, o: Outcomes, ties: str):
         return (-(w * log_p[0] + t * log_p[1] + l * log_p[2]).sum(), n * mean - (w - l) / 2, n * tied - t,
                 n * ((win + loss) / 4 - mean**2), -n * mean * tied, n * tied * (1 - tied))
     if ties == "half":
-        win, loss, none = torch.sigmoid(d), torch.sigmoid(-d), torch.zeros_like(d)  # not 1 - win, which rounds to 0 at d = 37
+        win, loss, none = torch.sigmoid(d), torch.sigmoid(-d), torch.zeros_like(d)  # 1 - win rounds to 0 at d = 37
         return l @ d - (w + l) @ F.logsigmoid(d), l * win - w * loss, none, (w + l) * win * loss, none, none
     # Under (5), P(tie) = (exp(2 theta) - 1) P(i) P(j): a tie counts as a win for each.
     win, loss, w, l = torch.sigmoid(d - tie), torch.sigmoid(-d - tie), w + t, l + t
@@ -223,45 +223,58 @@ def regular(hessian: Tensor, l2: float, ties: str) -> Tensor:
     return hessian
 
 
-def newton_step(o: Outcomes, dd: Tensor, dt: Tensor, tt: Tensor, gradient: Tensor, l2: float, ties: str, num_items: int) -> Tensor:
-    """H^-1 gradient, [K+1], accurately enough for the next step. H is formed up to 2,000 items; above, where the pairs compared are far
-    fewer than K^2, it is applied pair by pair. Where many pairs are compared, H is well conditioned and conjugate gradients
-    (Jacobi-preconditioned) need a few products; where they need many, as in a chain of items, Cholesky does it."""
-    K = num_items
-    if K <= 2000:
-        hessian = regular(assemble(o, dd, dt, tt, K), l2, ties)
-        times, diagonal, most, accuracy = hessian.matmul, hessian.diagonal(), 20 if K > 200 else 0, 1e-6
-    else:
-        def times(v):
-            flow = dd * (difference := v.index_select(0, o.a) - v.index_select(0, o.b)) + dt * v[K]
-            return torch.cat([torch.bincount(o.a, flow, K) - torch.bincount(o.b, flow, K) + l2 * v[:K],
-                              (dt @ difference + tt.sum() * v[K]).view(1)])
-
-        diagonal, most, accuracy = torch.cat([torch.bincount(o.a, dd, K) + torch.bincount(o.b, dd, K) + l2, tt.sum().view(1)]), 2 * K, 1e-3
-        diagonal[K] += ties == "half"
-    x, residual = torch.zeros_like(gradient), gradient
+def conjugate_gradients(times, diagonal: Tensor, b: Tensor, most: int, accuracy: float) -> tuple[Tensor, bool]:
+    """Solve A x = b, `times` being v -> A v, preconditioned by A's diagonal (Jacobi) -> x, and whether `most` products
+    were enough for a residual of `accuracy` |b|."""
+    x, residual = torch.zeros_like(b), b
     scaled = direction = residual / diagonal
     for _ in range(most):
         image, old = times(direction), residual @ scaled
         size = old / (direction @ image)
         x, residual = x + size * direction, residual - size * image
-        if residual.norm() <= accuracy * gradient.norm():
-            return x
+        if residual.norm() <= accuracy * b.norm():
+            return x, True
         scaled = residual / diagonal
         direction = scaled + (residual @ scaled) / old * direction
-    return torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(hessian))[:, 0] if K <= 2000 else x
+    return x, False
 
 
-def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = "half", start=None, names=None) -> BTFit:
-    """Minimise (2), or the likelihoods of (4), (5), by Newton's method on the pair counts, in float64 on the device of i.
+def newton_step(o: Outcomes, dd, dt, tt, gradient: Tensor, l2: float, ties: str, num_items: int) -> Tensor:
+    """H^-1 gradient, [K+1], accurately enough for the next step. Where many pairs are compared, H is well conditioned
+    and conjugate gradients need a few products; where they need many, as in a chain of items, Cholesky does it. Above
+    2,000 items, where the pairs compared are far fewer than K^2, H is not formed but applied pair by pair."""
+    K = num_items
+    if K <= 2000:
+        hessian = regular(assemble(o, dd, dt, tt, K), l2, ties)
+        if K > 200:
+            step, solved = conjugate_gradients(hessian.matmul, hessian.diagonal(), gradient, 20, 1e-6)
+            if solved:
+                return step
+        return torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(hessian))[:, 0]
 
-    i, j [N] items 0 ... K-1; mu [N] in [0, 1]; weights [N] > 0. A comparison of an item with itself and the like, or data of
-    which no finite maximum exists (l2 = 0 and the graph not strongly connected, or a tie parameter without bound), raise
-    UserError. `start` is another fit to begin from, `names` are the items' for that message.
+    def times(v):
+        difference = v.index_select(0, o.a) - v.index_select(0, o.b)
+        flow = dd * difference + dt * v[K]
+        return torch.cat([torch.bincount(o.a, flow, K) - torch.bincount(o.b, flow, K) + l2 * v[:K],
+                          (dt @ difference + tt.sum() * v[K]).view(1)])
+
+    diagonal = torch.cat([torch.bincount(o.a, dd, K) + torch.bincount(o.b, dd, K) + l2, tt.sum().view(1)])
+    diagonal[K] += ties == "half"  # no tie parameter: an inert row
+    return conjugate_gradients(times, diagonal, gradient, 2 * K, 1e-3)[0]
+
+
+def fit_bt(i, j, mu, num_items: int, l2=0.0, weights=None, ties="half", start=None, names=None) -> BTFit:
+    """Minimise (2), or the likelihoods of (4), (5), by Newton's method on the pair counts, in float64, on i's device.
+
+    i, j [N] items 0 ... K-1; mu [N] in [0, 1]; weights [N] > 0. A comparison of an item with itself and the like, or
+    data of which no finite maximum exists (l2 = 0 and the graph not strongly connected, or a tie parameter without
+    bound), raise UserError. `start` is another fit to begin from, `names` are the items' for that message.
     """
     i, j = torch.as_tensor(i), torch.as_tensor(j)
     mu = torch.as_tensor(mu, dtype=torch.float64, device=i.device)
-    weights = mu.new_ones(1).expand(len(mu)) if weights is None else torch.as_tensor(weights, dtype=torch.float64, device=i.device)
+    if weights is None:
+        weights = mu.new_ones(1).expand(len(mu))
+    weights = torch.as_tensor(weights, dtype=torch.float64, device=i.device)
     check_comparisons(i, j, mu, weights, num_items, ties)
     pairs, K = count_pairs(i, j, mu, weights, ties, num_items), num_items
     check_finite_maximum(pairs, K, l2, ties, names)
@@ -275,19 +288,21 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
             value += part_value
             gradient.scatter_add_(0, part.a, g_d).scatter_add_(0, part.b, -g_d)[K] += g_t.sum()
             second.append(part_second)
-        dd, dt, tt = (torch.cat(terms) if ties != "half" or n == 0 else pairs.ties for n, terms in enumerate(zip(*second)))
-        return value, gradient, (dd, dt, tt)  # with no tie parameter, two times zeros
+        if ties == "half":  # no tie parameter: two times the zeros that are there
+            return value, gradient, (torch.cat([dd for dd, _, _ in second]), pairs.ties, pairs.ties)
+        return value, gradient, tuple(map(torch.cat, zip(*second)))
 
-    if start is None:  # log odds against all opponents together
-        wins, losses = (1 + pairs.ties.new_zeros(K).index_add(0, pairs.a, a).index_add(0, pairs.b, b)
-                        for a, b in ((pairs.wins, pairs.losses), (pairs.losses, pairs.wins)))
-        start = BTFit((wins / losses).log().clamp(-5, 5), 1.0 if ties == "rao-kupper" else 0.0, 0.0, 0.0, 0)
-    x = torch.cat([start.rewards - start.rewards.mean(), mu.new_tensor([start.tie])])
+    if start is None:
+        rewards, tie = log_odds(pairs, K), 1.0 if ties == "rao-kupper" else 0.0
+    else:
+        rewards, tie = start.rewards, start.tie
+    x = torch.cat([rewards - rewards.mean(), mu.new_tensor([tie])])
     value, gradient, second = objective(x)
     total, norm_before = weights.sum(), math.inf
     for iteration in range(200):
         norm = gradient.norm()
-        if norm < 1e-10 * min(1.0, total) or (norm < 1e-12 * total and norm > norm_before / 2):  # the second: rounding is all that is left
+        only_rounding_is_left = norm < 1e-12 * total and norm > norm_before / 2
+        if norm < 1e-10 * min(1.0, total) or only_rounding_is_left:
             break
         step = newton_step(pairs, *second, gradient, l2, ties, K)
         step[:K] -= step[:K].mean()  # the optimum has mean 0, and `regular` is exact for such steps only
@@ -302,17 +317,26 @@ def fit_bt(i, j, mu, num_items: int, l2: float = 0.0, weights=None, ties: str = 
         x, value, gradient, second, norm_before = new_x, new_value, new_gradient, new_second, norm
     else:
         raise UserError(f"no convergence in 200 Newton steps (gradient norm {norm:.1e}): pass --l2 0.01")
-    if ties != "half" and x[K] > 10:  # odds of exp(10): with few wins each way, differences and tie parameter run off together
-        raise UserError(f"--ties {ties}: no finite tie parameter fits, for want of wins in both directions: use --ties half, or pass --l2 0.01")
+    if ties != "half" and x[K] > 10:  # odds of exp(10): with few wins each way, r and the tie run off together
+        raise UserError(f"--ties {ties}: no finite tie parameter fits, for want of wins in both directions: "
+                        "use --ties half, or pass --l2 0.01")
     loss = value - l2 / 2 * x[:K].square().sum()
     return BTFit(x[:K] - x[:K].mean(), x[K].item(), loss.item(), norm.item(), iteration)
 
 
-def covariance(fit: BTFit, i, j, mu, l2: float = 0.0, weights=None, ties: str = "half", robust: bool = False) -> Tensor:
-    """Of the centred rewards, [K, K]: the inverse Fisher information A^-1, or, robust to a model that is wrong, the sandwich
-    A^-1 B A^-1 (Huber 1967; White 1982) with B the sum over comparisons of the squared scores."""
-    K = len(fit.rewards)
-    rows = outcomes(i, j, mu.double(), torch.ones_like(mu, dtype=torch.float64) if weights is None else weights, ties)
+def log_odds(pairs: Outcomes, num_items: int) -> Tensor:
+    """Where Newton's method starts: each item's log odds against all its opponents together, [K]."""
+    a, b, wins, _, losses = pairs
+    won = 1 + wins.new_zeros(num_items).index_add(0, a, wins).index_add(0, b, losses)
+    lost = 1 + wins.new_zeros(num_items).index_add(0, a, losses).index_add(0, b, wins)
+    return (won / lost).log().clamp(-5, 5)
+
+
+def covariance(fit: BTFit, i, j, mu, l2=0.0, weights=None, ties="half", robust=False) -> Tensor:
+    """Of the centred rewards, [K, K]: the inverse Fisher information A^-1, or, robust to a model that is wrong, the
+    sandwich A^-1 B A^-1 (Huber 1967; White 1982) with B the sum over comparisons of the squared scores."""
+    K, mu = len(fit.rewards), mu.double()
+    rows = outcomes(i, j, mu, torch.ones_like(mu) if weights is None else weights, ties)
     _, g_d, g_t, *second = likelihood_terms(fit.rewards, fit.rewards.new_tensor(fit.tie), rows, ties)
     inverse = torch.linalg.inv(regular(assemble(rows, *second, K), l2, ties))
     if robust:
@@ -325,16 +349,20 @@ def covariance(fit: BTFit, i, j, mu, l2: float = 0.0, weights=None, ties: str = 
 
 
 def check_comparisons(i, j, mu, weights, num_items: int, ties: str) -> None:
-    checks = [(~((0 <= i) & (i < num_items) & (0 <= j) & (j < num_items)), f"an item is not one of 0 ... {num_items - 1}: renumber"),
-              (i == j, "an item is compared with itself: delete the row"),
-              (~((mu >= 0) & (mu <= 1)), "mu is not a number in [0, 1]: 1 where the first item won, 0 where the second, 0.5 for a tie"),
-              (~((weights > 0) & weights.isfinite()), "the weight is not a positive number: mend it or delete the row")]
-    if ties != "half":
-        checks += [((mu != 0) & (mu != 0.5) & (mu != 1), f"mu is not 0, 0.5 or 1: --ties {ties} needs whole outcomes, --ties half does not")]
     if not len(i) == len(j) == len(mu) == len(weights):
-        raise UserError(f"{len(i)} first items, {len(j)} second items, {len(mu)} mu, {len(weights)} weights: give one of each a comparison")
+        raise UserError(f"{len(i)} first items, {len(j)} second items, {len(mu)} mu, {len(weights)} weights: "
+                        "give one of each a comparison")
     if len(i) == 0:
         raise UserError("there are no comparisons: give some")
+    known = (0 <= i) & (i < num_items) & (0 <= j) & (j < num_items)
+    checks = [(~known, f"an item is not one of 0 ... {num_items - 1}: renumber"),
+              (i == j, "an item is compared with itself: delete the row"),
+              (~((mu >= 0) & (mu <= 1)),
+               "mu is not a number in [0, 1]: 1 where the first item won, 0 where the second, 0.5 for a tie"),
+              (~((weights > 0) & weights.isfinite()), "the weight is not a positive number: mend it or delete the row")]
+    if ties != "half":
+        checks.append(((mu != 0) & (mu != 0.5) & (mu != 1),
+                       f"mu is not 0, 0.5 or 1: --ties {ties} needs whole outcomes, --ties half does not"))
     for bad, what in checks:
         if bad.any():
             raise UserError(f"row {int(bad.nonzero()[0]) + 1}: {what}")
@@ -353,9 +381,9 @@ def reach(tails: Tensor, heads: Tensor, start: Tensor) -> Tensor:
 
 
 def strong_components(winners: Tensor, losers: Tensor, num_items: int) -> Tensor:
-    """Edges winner -> loser -> a component number for each item, [K]. Forward-backward search (Fleischer et al. 2000): what
-    a pivot reaches and is reached from is its component, and no other component crosses the border of either set; all blocks
-    of items are cut at once, each by a random pivot, so a few rounds of passes over the edges are enough."""
+    """Edges winner -> loser -> a component number for each item, [K]. Forward-backward search (Fleischer et al. 2000):
+    what a pivot reaches and is reached from is its component, and no other component crosses the border of either set;
+    all blocks of items are cut at once, each by a random pivot, so a few rounds of passes over the edges are enough."""
     block = torch.zeros(num_items, dtype=torch.long, device=winners.device)
     done = torch.zeros(num_items, dtype=torch.bool, device=winners.device)
     generator = torch.Generator().manual_seed(0)
@@ -372,31 +400,40 @@ def strong_components(winners: Tensor, losers: Tensor, num_items: int) -> Tensor
 
 
 def check_finite_maximum(pairs: Outcomes, num_items: int, l2: float, ties: str, names) -> None:
-    for step in (1 + len(pairs.a) // (30 * num_items), 1) if l2 == 0 else ():  # where a part of the pairs connects all, all do
+    def components(step):  # of every step-th pair
         a, b, wins, tied, losses = (x[::step] for x in pairs)
         a_scored, b_scored = wins + tied > 0, losses + tied > 0  # a tie is an edge in both directions
-        component = strong_components(torch.cat([a[a_scored], b[b_scored]]), torch.cat([b[a_scored], a[b_scored]]), num_items)
-        if component.max() == 0:
-            break
-        if step == 1:
-            groups = [torch.nonzero(component == c).flatten().tolist() for c in component.unique().tolist()[:1000]]
-            groups = sorted(groups, key=len)
-            name = names.__getitem__ if names else str
-            told = ["{" + ", ".join(map(name, g[:10])) + (f", ... {len(g)} items" if len(g) > 10 else "") + "}" for g in groups]
-            told = told if len(told) <= 20 else told[:10] + ["..."] + told[-1:]
-            raise UserError(f"no finite maximum: the items fall into {int(component.max()) + 1} groups between which wins go one way "
-                            f"or there are none, {' '.join(told)}: pass --l2 0.01 for the regularised fit, or leave the small groups out")
+        winners, losers = torch.cat([a[a_scored], b[b_scored]]), torch.cat([b[a_scored], a[b_scored]])
+        return strong_components(winners, losers, num_items)
+
+    part = 1 + len(pairs.a) // (30 * num_items)  # where a part of the pairs connects all, all do: a fast yes
+    if l2 == 0 and components(part).max() > 0 and (component := components(1)).max() > 0:
+        raise UserError(f"no finite maximum: the items fall into {int(component.max()) + 1} groups between which wins "
+                        f"go one way or there are none, {groups_by_name(component, names)}: pass --l2 0.01 for the "
+                        "regularised fit, or leave the small groups out")
     tied, decided = (pairs.ties > 0).any(), (pairs.wins + pairs.losses > 0).any()
     if ties != "half" and not (tied and decided):
-        raise UserError(f"--ties {ties}: {'all comparisons are ties' if tied else 'there are no ties'}: use --ties half")
+        what = "all comparisons are ties" if tied else "there are no ties"
+        raise UserError(f"--ties {ties}: {what}: use --ties half")
+
+
+def groups_by_name(component: Tensor, names) -> str:
+    """A component number for each item -> "{a} {b, c}", the small ones first, no more than fit into a message."""
+    groups = [(component == c).nonzero().flatten().tolist() for c in component.unique().tolist()[:1000]]
+    told = []
+    for group in sorted(groups, key=len):
+        shown = [names[k] if names else str(k) for k in group[:10]] + [f"... {len(group)} items"] * (len(group) > 10)
+        told.append("{" + ", ".join(shown) + "}")
+    return " ".join(told if len(told) <= 20 else told[:10] + ["..."] + told[-1:])
 
 
 # ------------------------------------------------------------------------------------------------------------- bandit
 
 
 def simulate(rewards: Tensor, num: int, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random pairs of arms, each shown to two judges who follow (1): mu is the mean of their votes, 1, 1/2 or 0, and counts for
-    two (weight 2), so that (2) is the likelihood of the votes and its Fisher information holds. -> i, j, mu, weights [num]"""
+    """Random pairs of arms, each shown to two judges who follow (1): mu is the mean of their votes, 1, 1/2 or 0, and
+    counts for two (weight 2), so that (2) is the likelihood of the votes and its Fisher information holds.
+    -> i, j, mu, weights [num]"""
     K = len(rewards)
     i = torch.randint(K, (num,), generator=generator)
     j = (i + torch.randint(1, K, (num,), generator=generator)) % K
@@ -405,27 +442,24 @@ def simulate(rewards: Tensor, num: int, generator) -> tuple[Tensor, Tensor, Tens
 
 
 def win_shares(i, j, mu, weights, num_items: int) -> tuple[Tensor, Tensor]:
-    """-> P [K, K], the share of i's comparisons with j that i won (1/2 where there are none), and their number n [K, K]."""
-    size = num_items**2
-    wins = (torch.bincount(i * num_items + j, weights * mu, size) + torch.bincount(j * num_items + i, weights * (1 - mu), size))
-    wins = wins.view(num_items, num_items)
+    """-> P [K, K], the share of i's comparisons with j that i won (1/2 if there are none), and their number [K, K]."""
+    K = num_items
+    wins = torch.bincount(i * K + j, weights * mu, K**2) + torch.bincount(j * K + i, weights * (1 - mu), K**2)
+    wins = wins.view(K, K)
     n = wins + wins.T
     return torch.where(n > 0, wins / n, 0.5), n
 
 
 def misfit(rewards: Tensor, P: Tensor, n: Tensor) -> tuple[float, int, float]:
-    """Likelihood-ratio test of (1) against the saturated model, a free p for each pair -> deviance, degrees of freedom, and the
-    probability of a deviance as large if (1) is true (chi^2)."""
-    model = bt_probability(rewards[:, None], rewards[None, :])
-    deviance = 2 * (n * (torch.xlogy(P, P) - torch.xlogy(P, model))).sum().item()  # both (i, j) and (j, i): p and 1 - p
+    """Likelihood-ratio test of (1) against the saturated model, a free p for each pair -> deviance, degrees of freedom,
+    and the probability of a deviance as large if (1) is true (chi^2)."""
+    model = bt_probability(rewards[:, None], rewards)
+    deviance = 2 * (n * (torch.xlogy(P, P) - torch.xlogy(P, model))).sum().item()  # (i, j) and (j, i): p and 1 - p
     freedom = int((n > 0).triu(1).sum()) - (len(rewards) - 1)
-    tail = torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(max(0.0, deviance) / 2)).item() if freedom else 1.0
-    return deviance, freedom, tail
-
-
-def winners_row(what: str, P: Tensor, *rest) -> list:
-    condorcet = condorcet_winner(P)
-    return [what, "none" if condorcet is None else condorcet, " ".join(map(str, copeland_winners(P))), borda_winner(P), *rest]
+    if freedom == 0:
+        return deviance, 0, 1.0
+    tail = torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(max(0.0, deviance) / 2))
+    return deviance, freedom, tail.item()
 
 
 def coverage(rewards: Tensor, args: Args, generator) -> Tensor:
@@ -457,8 +491,9 @@ def plot_error(sizes: list[int], errors: list[float], path: Path) -> None:
         import matplotlib
     except ImportError:
         high, low = math.log10(max(errors)), math.log10(min(errors))
-        for size, error in zip(sizes, errors):  # turned by 90 degrees: N goes down, the error to the right, both in equal ratios
-            print(f"  {size:>9,}  {' ' * round(50 * (math.log10(error) - low) / (high - low or 1))}* {error:.4f}")
+        for size, error in zip(sizes, errors):  # turned by 90 degrees: N goes down, the error to the right
+            column = round(50 * (math.log10(error) - low) / (high - low or 1))
+            print(f"  {size:>9,}  {' ' * column}* {error:.4f}")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -475,59 +510,73 @@ def bandit(args: Args, out: Path) -> dict:
     generator, K = torch.Generator().manual_seed(args.seed), args.arms
     rewards = torch.randn(K, generator=generator, dtype=torch.float64)
     rewards -= rewards.mean()
-    i, j, mu, weights = data = simulate(rewards, args.comparisons, generator)
+    i, j, mu, weights = simulate(rewards, args.comparisons, generator)
     fit = fit_bt(i, j, mu, K, args.l2, weights)
     half = 1.96 * covariance(fit, i, j, mu, args.l2, weights).diagonal().sqrt()
     covered = coverage(rewards, args, generator)
-    print(f"{args.comparisons:,} comparisons of {K} arms, {(mu == 0.5).double().mean():.0%} ties; {fit.iterations} Newton steps, gradient norm "
-          f"{fit.gradient_norm:.0e}. Coverage over {args.simulations} such data sets:")
-    print_table([["arm", "reward", "estimate", "95% interval", "coverage"]] +
-                [[k, f"{rewards[k]:+.3f}", f"{fit.rewards[k]:+.3f}", f"{fit.rewards[k] - half[k]:+.3f} {fit.rewards[k] + half[k]:+.3f}",
-                  f"{covered[k]:.1%}"] for k in rewards.argsort(descending=True).tolist()] +
-                [["all", "", "", "", f"{covered.mean():.1%}"]])
-
-    true_P, (raw_P, n) = bt_probability(rewards[:, None], rewards), win_shares(*data, K)
-    fitted_P = bt_probability(fit.rewards[:, None], fit.rewards)
-    print("\nThe best arm. The arms' data fit (1); two sets of three items do not, however often (here 100 times) they are compared:")
-    deviance, freedom, tail = misfit(fit.rewards, raw_P, n)
-    table = [["probabilities", "Condorcet", "Copeland", "Borda", "misfit of (1): deviance", "freedom", "p"],
-             winners_row("arms, true", true_P, "", "", ""), winners_row("arms, fitted", fitted_P, "", "", ""),
-             winners_row("arms, counted", raw_P, f"{deviance:.1f}", freedom, f"{tail:.2g}")]
-    results = {"misfit_deviance": deviance, "misfit_freedom": freedom, "misfit_p": tail,
-               "winners_agree": all(row[1:4] == [row[1], str(row[1]), row[1]] for row in table[1:4])}
-    cycle = torch.tensor([[0.5, 0.8, 0.4], [0.2, 0.5, 0.7], [0.6, 0.3, 0.5]], dtype=torch.float64)  # 0 > 1 > 2 > 0
-    split = torch.tensor([[0.5, 0.55, 0.55], [0.45, 0.5, 0.95], [0.45, 0.05, 0.5]], dtype=torch.float64)  # 0 beats all, 1 wins more
-    first, second = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
-    for name, P in (("cycle", cycle), ("split", split)):
-        rounds = torch.full((3,), 100.0, dtype=torch.float64)
-        other = fit_bt(first, second, P[first, second], 3, weights=rounds)
-        deviance, freedom, tail = misfit(other.rewards, P, 100 * (1 - torch.eye(3)))
-        label = {"cycle": "rock, paper, scissors", "split": "Borda is not Condorcet"}[name]
-        table += [winners_row(label, P, f"{deviance:.1f}", freedom, f"{tail:.2g}"),
-                  winners_row("  fitted by (1)", bt_probability(other.rewards[:, None], other.rewards), "", "", "")]
-        results[f"{name}_deviance"] = deviance
-    print_table(table)
-
     order = rewards.argsort(descending=True).tolist()
-    triples = [order[x:x + 3] for x in range(0, K - 2, max(1, (K - 2) // 4))][:5]
+    print(f"{args.comparisons:,} comparisons of {K} arms, {(mu == 0.5).double().mean():.0%} ties; {fit.iterations} "
+          f"Newton steps, gradient norm {fit.gradient_norm:.0e}. Coverage over {args.simulations} such data sets:")
+    table = [["arm", "reward", "estimate", "95% interval", "coverage"]]
+    for k in order:
+        interval = f"{fit.rewards[k] - half[k]:+.3f} {fit.rewards[k] + half[k]:+.3f}"
+        table.append([k, f"{rewards[k]:+.3f}", f"{fit.rewards[k]:+.3f}", interval, f"{covered[k]:.1%}"])
+    print_table(table + [["all", "", "", "", f"{covered.mean():.1%}"]])
+
+    true_P, fitted_P = bt_probability(rewards[:, None], rewards), bt_probability(fit.rewards[:, None], fit.rewards)
+    counted_P, n = win_shares(i, j, mu, weights, K)
+    results = best_arm(true_P, fitted_P, counted_P, misfit(fit.rewards, counted_P, n))
+
     print("\nTransitivity: p_ik from the counted p_ij and p_jk, and p_ik itself:")
-    print_table([["i, j, k", "from p_ij, p_jk", "counted", "fitted", "true"]] +
-                [[f"{a}, {b}, {c}", f"{transitive_probability(raw_P[a, b], raw_P[b, c]):.3f}", f"{raw_P[a, c]:.3f}",
-                  f"{fitted_P[a, c]:.3f}", f"{true_P[a, c]:.3f}"] for a, b, c in triples])
+    table = [["i, j, k", "from p_ij, p_jk", "counted", "fitted", "true"]]
+    for x in list(range(0, K - 2, max(1, (K - 2) // 4)))[:5]:
+        a, b, c = order[x:x + 3]
+        implied = transitive_probability(counted_P[a, b], counted_P[b, c])
+        table.append([f"{a}, {b}, {c}", *(p.item() for p in (implied, counted_P[a, c], fitted_P[a, c], true_P[a, c]))])
+    print_table(table)
 
     sizes, errors = error_by_size(rewards, args, generator)
     x, y = torch.tensor(sizes).log(), torch.tensor(errors).log()
     slope = (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
     print(f"\nError of the rewards against the number of comparisons, log-log, slope {slope:.2f}:")
     plot_error(sizes, errors, out / "error.png")
-    return {**results, "coverage": covered.mean().item(), "coverage_low": covered.min().item(), "coverage_high": covered.max().item(),
-            "rmse": (fit.rewards - rewards).square().mean().sqrt().item(), "slope": slope, "gradient_norm": fit.gradient_norm,
-            "iterations": fit.iterations, **{f"rmse_{size}": error for size, error in zip(sizes, errors)}}
+    return {**results, "coverage": covered.mean().item(), "coverage_low": covered.min().item(),
+            "coverage_high": covered.max().item(), "rmse": (fit.rewards - rewards).square().mean().sqrt().item(),
+            "slope": slope, "gradient_norm": fit.gradient_norm, "iterations": fit.iterations,
+            **{f"rmse_{size}": error for size, error in zip(sizes, errors)}}
 
 
-# ------------------------------------------------------------------------------------------------------------ real battles
+def best_arm(true_P: Tensor, fitted_P: Tensor, counted_P: Tensor, arms_misfit: tuple[float, int, float]) -> dict:
+    """Winners by three definitions, of the arms and of two sets of three items that (1) cannot describe."""
+    cycle = torch.tensor([[0.5, 0.8, 0.4], [0.2, 0.5, 0.7], [0.6, 0.3, 0.5]], dtype=torch.float64)  # 0 > 1 > 2 > 0
+    split = [[0.5, 0.55, 0.55], [0.45, 0.5, 0.95], [0.45, 0.05, 0.5]]  # 0 beats all, 1 wins more
+    sets = [("arms, true", true_P, None), ("arms, fitted", fitted_P, None), ("arms, counted", counted_P, arms_misfit)]
+    deviance, freedom, tail = arms_misfit
+    results = {"misfit_deviance": deviance, "misfit_freedom": freedom, "misfit_p": tail, "winners_agree": all(
+        condorcet_winner(P) == borda_winner(P) and copeland_winners(P) == [borda_winner(P)] for _, P, _ in sets)}
+    first, second = torch.triu_indices(3, 3, 1)
+    for name, what, P in (("cycle", "rock, paper, scissors", cycle),
+                          ("split", "Borda is not Condorcet", torch.tensor(split, dtype=torch.float64))):
+        fit = fit_bt(first, second, P[first, second], 3, weights=[100.0] * 3)
+        its_misfit = misfit(fit.rewards, P, 100 * (1 - torch.eye(3)))
+        sets += [(what, P, its_misfit), ("  fitted by (1)", bt_probability(fit.rewards[:, None], fit.rewards), None)]
+        results[f"{name}_deviance"] = its_misfit[0]
 
-WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}  # the last is LMArena's newer word
+    print("\nThe best arm. The arms' data fit (1); two sets of three items do not, however often (here 100 times) they "
+          "are compared:")
+    table = [["probabilities", "Condorcet", "Copeland", "Borda", "misfit of (1): deviance", "freedom", "p"]]
+    for what, P, test in sets:
+        condorcet, copeland = condorcet_winner(P), " ".join(map(str, copeland_winners(P)))
+        table.append([what, "none" if condorcet is None else condorcet, copeland, borda_winner(P),
+                      *([f"{test[0]:.1f}", test[1], f"{test[2]:.2g}"] if test else [""] * 3)])
+    print_table(table)
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------- real battles
+
+# both_bad is LMArena's newer word
+WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}
 
 
 def read_battles(path: str) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor]:
@@ -539,30 +588,34 @@ def read_battles(path: str) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor]:
     battles = "winner" in rows[0]
     columns = ("model_a", "model_b", "winner") if battles else ("i", "j", "mu")
     if missing := [column for column in columns if column not in rows[0]]:
-        raise UserError(f"--data {path}: no column {missing[0]!r} (columns: {', '.join(rows[0])}): give model_a, model_b, winner or i, j, mu")
+        raise UserError(f"--data {path}: no column {missing[0]!r} (columns: {', '.join(rows[0])}): "
+                        "give model_a, model_b, winner or i, j, mu")
     first, second, mu, weights = [], [], [], []
     for number, row in enumerate(rows, 1):
+        where = f"--data {path}, row {number}"
         a, b, outcome = (row[column] for column in columns)
         if battles and outcome not in WINNERS:
-            raise UserError(f"--data {path}, row {number}: winner {outcome!r} is none of {', '.join(WINNERS)}: rename it")
+            raise UserError(f"{where}: winner {outcome!r} is none of {', '.join(WINNERS)}: rename it")
         if any(name is None or name != name or str(name).strip() == "" for name in (a, b)):
-            raise UserError(f"--data {path}, row {number}: an item has no name: fill it in or delete the row")
-        for what, value, values in (("mu", WINNERS[outcome] if battles else outcome, mu), ("weight", row.get("weight", 1.0), weights)):
+            raise UserError(f"{where}: an item has no name: fill it in or delete the row")
+        outcome = WINNERS[outcome] if battles else outcome
+        for what, value, values in (("mu", outcome, mu), ("weight", row.get("weight", 1.0), weights)):
             try:
                 values.append(float(value))
             except (TypeError, ValueError):
-                raise UserError(f"--data {path}, row {number}: {what} {value!r} is not a number: mend it or delete the row")
+                raise UserError(f"{where}: {what} {value!r} is not a number: mend it or delete the row")
         first.append(str(a))
         second.append(str(b))
     names = sorted({*first, *second})
-    number = {name: k for k, name in enumerate(names)}
-    i, j = (torch.tensor([number[name] for name in side]) for side in (first, second))
+    index = {name: k for k, name in enumerate(names)}
+    i, j = (torch.tensor([index[name] for name in side]) for side in (first, second))
     return names, i, j, torch.tensor(mu, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
 
 
 def held_out(i, j, mu, weights, num_items: int, args: Args) -> dict:
-    """Fit to nine tenths of the rows; on the others log-loss (nats a comparison) and accuracy (whether the side predicted won,
-    of comparisons that were no ties), each against a constant: the outcomes' shares in the nine tenths."""
+    """Fit to nine tenths of the rows; on the others log-loss (nats a comparison) and accuracy (whether the side
+    predicted won, of comparisons that were no ties), each against a constant: the outcomes' shares in the nine tenths.
+    """
     order = torch.randperm(len(i), generator=torch.Generator().manual_seed(args.seed))
     test, train = order[:max(1, len(i) // 10)], order[max(1, len(i) // 10):]
     for l2 in (args.l2, max(args.l2, 0.1)):  # an item of few comparisons may lose its last win: the ridge, then
@@ -574,19 +627,47 @@ def held_out(i, j, mu, weights, num_items: int, args: Args) -> dict:
     else:
         return {"held_out": 0}
     results = {"held_out": len(test), "held_out_l2": l2}
-    seen, unseen = (torch.stack(outcomes(i[rows], j[rows], mu[rows], weights[rows], args.ties)[2:]) for rows in (train, test))
-    share = torch.maximum(seen.sum(1), seen.new_tensor([0.5, 0.0 if args.ties == "half" else 0.5, 0.5]))  # half a win, if there is none
+    seen, unseen = (torch.stack(outcomes(i[rows], j[rows], mu[rows], weights[rows], args.ties)[2:])
+                    for rows in (train, test))  # [3, N]
+    half_a_win = seen.new_tensor([0.5, 0.0 if args.ties == "half" else 0.5, 0.5])  # if there is none
+    share = torch.maximum(seen.sum(1), half_a_win)
     share = share / share.sum()
-    decisive, total = mu[test] != 0.5, weights[test].sum()
-    for name, P in (("", outcome_probabilities(fit.rewards[i[test]] - fit.rewards[j[test]], fit.tie, args.ties)),
+    i, j, mu, weights = i[test], j[test], mu[test], weights[test]
+    decisive, total = mu != 0.5, weights.sum()
+    for name, P in (("", outcome_probabilities(fit.rewards[i] - fit.rewards[j], fit.tie, args.ties)),
                     ("_constant", share[:, None].expand(3, len(test)))):
-        losses = -torch.xlogy(unseen, P).sum(0) / weights[test]
-        right = 0.5 + 0.5 * torch.sign((P[0] - P[2]) * (mu[test] - 0.5))[decisive]
-        mean = (losses * weights[test]).sum() / total
+        losses = -torch.xlogy(unseen, P).sum(0) / weights
+        right = 0.5 + 0.5 * torch.sign((P[0] - P[2]) * (mu - 0.5))[decisive]
+        mean = (losses * weights).sum() / total
         results |= {f"log_loss{name}": mean.item(),
-                    f"log_loss{name}_se": ((weights[test] * (losses - mean)).square().sum().sqrt() / total).item(),
-                    f"accuracy{name}": ((right * weights[test][decisive]).sum() / weights[test][decisive].sum()).item()}
+                    f"log_loss{name}_se": ((weights * (losses - mean)).square().sum().sqrt() / total).item(),
+                    f"accuracy{name}": ((right * weights[decisive]).sum() / weights[decisive].sum()).item()}
     return results
+
+
+def rate(fit: BTFit, i, j, mu, weights, anchor: int | None, args: Args) -> dict[str, Tensor]:
+    """The columns of ratings.csv, each [K]. Ratings are differences to the item `anchor`, or to the mean of all."""
+    K, points = len(fit.rewards), args.scale / math.log(10)
+    eye = torch.eye(K, dtype=torch.float64)
+    differences = eye - (1 / K if anchor is None else eye[anchor])  # [K, K], to be applied to the rewards
+    ratings = args.anchor + points * (differences @ fit.rewards)
+    V = covariance(fit, i, j, mu, args.l2, weights, args.ties, robust=True)
+    half = 1.96 * points * (differences @ V @ differences.T).diagonal().clamp(min=0).sqrt()
+    low, high = ratings - half, ratings + half
+    columns = {"rating": ratings, "low": low, "high": high}
+    if args.bootstrap:
+        # Weights from Exp(1) (Rubin 1981), not rows drawn anew: no comparison vanishes, so no refit loses its maximum.
+        generator, refits = torch.Generator().manual_seed(args.seed), []
+        for _ in range(args.bootstrap):
+            draw = -torch.rand(len(i), generator=generator, dtype=torch.float64).log() + 1e-12
+            refits.append(fit_bt(i, j, mu, K, args.l2, weights * draw, args.ties, start=fit).rewards)
+        quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        refitted = args.anchor + points * (torch.stack(refits) @ differences.T).quantile(quantiles, 0)  # [2, K]
+        columns |= {"bootstrap_low": refitted[0], "bootstrap_high": refitted[1]}
+    surely_better, surely_worse = (low > high[:, None]).sum(1), (high < low[:, None]).sum(1)
+    return columns | {"rank": 1 + (ratings > ratings[:, None]).sum(1), "rank_low": 1 + surely_better,
+                      "rank_high": K - surely_worse,
+                      "comparisons": torch.bincount(torch.cat([i, j]), torch.cat([weights, weights]), K)}
 
 
 def battles(args: Args, out: Path) -> dict:
@@ -599,60 +680,63 @@ def battles(args: Args, out: Path) -> dict:
         checked = held_out(i, j, mu, weights, K, args)
     except UserError as error:
         raise UserError(f"--data {args.data}, {error}")
-    zero = torch.eye(K, dtype=torch.float64) - 1 / K if args.anchor_item is None else torch.eye(K, dtype=torch.float64)
-    if args.anchor_item is not None:
-        zero[:, names.index(args.anchor_item)] -= 1  # rows of `zero` are the differences that ratings are
-    points = args.scale / math.log(10)
-    ratings = args.anchor + points * (zero @ fit.rewards)
-    V = covariance(fit, i, j, mu, args.l2, weights, args.ties, robust=True)
-    half = 1.96 * points * (zero @ V @ zero.T).diagonal().clamp(min=0).sqrt()
-    low, high = ratings - half, ratings + half
-    columns = {"rating": ratings, "low": low, "high": high}
-    if args.bootstrap:
-        # Weights drawn from Exp(1) (Rubin 1981), not rows drawn anew: no comparison vanishes, so no refit loses its maximum.
-        generator = torch.Generator().manual_seed(args.seed)
-        draws = [-torch.rand(len(i), generator=generator, dtype=torch.float64).log() + 1e-12 for _ in range(args.bootstrap)]
-        refits = torch.stack([fit_bt(i, j, mu, K, args.l2, weights * draw, args.ties, start=fit).rewards for draw in draws])
-        columns["bootstrap_low"], columns["bootstrap_high"] = (
-            args.anchor + points * (refits @ zero.T).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0))
-    better, worse = (low[None, :] > high[:, None]).sum(1), (high[None, :] < low[:, None]).sum(1)
-    columns |= {"rank": 1 + (ratings[None, :] > ratings[:, None]).sum(1), "rank_low": 1 + better, "rank_high": K - worse,
-                "comparisons": torch.bincount(torch.cat([i, j]), torch.cat([weights, weights]), K)}
-    order = ratings.argsort(descending=True).tolist()
+    anchor = None if args.anchor_item is None else names.index(args.anchor_item)
+    columns = rate(fit, i, j, mu, weights, anchor, args)
+    order = columns["rating"].argsort(descending=True).tolist()
     P = outcome_probabilities(fit.rewards[:, None] - fit.rewards, fit.tie, args.ties)
     P = P[0] + P[1] / 2
-    write_csv(out / "ratings.csv", [["item", *columns]] + [[names[k], *(v[k].item() for v in columns.values())] for k in order])
-    write_csv(out / "win_matrix.csv", [["item", *(names[k] for k in order)]] + [[names[k], *P[k, order].tolist()] for k in order])
+    write_csv(out / "ratings.csv", ["item", *columns],
+              [[names[k], *(column[k].item() for column in columns.values())] for k in order])
+    write_csv(out / "win_matrix.csv", ["item", *(names[k] for k in order)],
+              [[names[k], *P[k, order].tolist()] for k in order])
 
     tie = {"half": "a tie is half a win", "davidson": f"Davidson, nu = {math.exp(fit.tie):.3f}",
            "rao-kupper": f"Rao-Kupper, theta = {fit.tie:.3f}"}[args.ties]
-    print(f"{len(i):,} comparisons of {K} items, {(mu == 0.5).double().mean():.0%} ties ({tie}); {fit.iterations} Newton steps, gradient norm "
-          f"{fit.gradient_norm:.0e}. 95% intervals by the sandwich{' and by bootstrap' if args.bootstrap else ''}:")
-    table = [["item", "rank", "of", "rating", "95%"] + ["bootstrap"] * bool(args.bootstrap) + ["comparisons"]]
-    for k in order[:25]:
-        interval = [f"{columns[name + 'low'][k]:.0f} {columns[name + 'high'][k]:.0f}" for name in ("", "bootstrap_") if name + "low" in columns]
-        table.append([names[k][:40], int(columns["rank"][k]), f"{better[k] + 1}-{K - worse[k]}", f"{ratings[k]:.1f}", *interval,
-                      f"{columns['comparisons'][k]:g}"])
-    print_table(table)
-    print(f"{'all in' if K <= 25 else f'all {K} in'} {out / 'ratings.csv'}\n\nP(row beats column), a tie for half; all in {out / 'win_matrix.csv'}:")
-    print_table([["", *(f"({n + 1})" for n in range(min(K, 8)))]] +
-                [[f"({n + 1}) {names[k][:24]}", *(f"{P[k, m]:.2f}" if k != m else "" for m in order[:8])] for n, k in enumerate(order[:8])])
-    print(f"\n{checked['held_out']} comparisons held out" + (f", l2 {checked['held_out_l2']:g} for the others:" if checked["held_out"] else ": too few"))
-    if checked["held_out"]:
-        print_table([["", "log-loss", "accuracy without ties"]] +
-                    [[what, f"{checked['log_loss' + c]:.4f} ± {checked['log_loss' + c + '_se']:.4f}", f"{checked['accuracy' + c]:.1%}"]
-                     for what, c in (("Bradley-Terry", ""), ("constant", "_constant"))])
+    print(f"{len(i):,} comparisons of {K} items, {(mu == 0.5).double().mean():.0%} ties ({tie}); {fit.iterations} "
+          f"Newton steps, gradient norm {fit.gradient_norm:.0e}. 95% intervals by the sandwich"
+          f"{' and by bootstrap' if args.bootstrap else ''}:")
+    print_ratings([names[k] for k in order], {name: column[order] for name, column in columns.items()})
+    print(f"{'all in' if K <= 25 else f'all {K} in'} {out / 'ratings.csv'}\n")
+    print(f"P(row beats column), a tie for half; all in {out / 'win_matrix.csv'}:")
+    print_table([["", *(f"({n})" for n, _ in enumerate(order[:8], 1))]] +
+                [[f"({n}) {names[k][:24]}", *(f"{P[k, m]:.2f}" if k != m else "" for m in order[:8])]
+                 for n, k in enumerate(order[:8], 1)])
+    print_held_out(checked)
     return {"items": K, "comparisons": len(i), "tie": fit.tie, "loss": fit.loss, "gradient_norm": fit.gradient_norm,
             "iterations": fit.iterations, **checked}
 
 
-def write_csv(path: Path, rows: list[list]) -> None:
+def print_ratings(names: list[str], columns: dict[str, Tensor]) -> None:
+    """The first 25 items."""
+    kinds = {"95%": "", "bootstrap": "bootstrap_"} if "bootstrap_low" in columns else {"95%": ""}
+    table = [["item", "rank", "of", "rating", *kinds, "comparisons"]]
+    for k, name in enumerate(names[:25]):
+        row = {column: values[k].item() for column, values in columns.items()}
+        intervals = [f"{row[kind + 'low']:.0f} {row[kind + 'high']:.0f}" for kind in kinds.values()]
+        table.append([name[:40], row["rank"], f"{row['rank_low']}-{row['rank_high']}", f"{row['rating']:.1f}",
+                      *intervals, f"{row['comparisons']:g}"])
+    print_table(table)
+
+
+def print_held_out(checked: dict) -> None:
+    if not checked["held_out"]:
+        print("\n0 comparisons held out: too few")
+        return
+    print(f"\n{checked['held_out']} comparisons held out, l2 {checked['held_out_l2']:g} for the others:")
+    table = [["", "log-loss", "accuracy without ties"]]
+    for what, name in (("Bradley-Terry", ""), ("constant", "_constant")):
+        log_loss = f"{checked[f'log_loss{name}']:.4f} ± {checked[f'log_loss{name}_se']:.4f}"
+        table.append([what, log_loss, f"{checked[f'accuracy{name}']:.1%}"])
+    print_table(table)
+
+
+def write_csv(path: Path, header: list, rows: list[list]) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_atomically(path, text.getvalue().encode())
 
 
-# ------------------------------------------------------------------------------------------------------------ trajectories
+# --------------------------------------------------------------------------------------------------------- trajectories
 
 ROWS, COLUMNS, ACTIONS, START = 3, 5, 3, 1  # state = 3 * column + row; 15, after the last column, is the end
 
@@ -691,15 +775,16 @@ def action_values(transitions: Tensor, rewards: Tensor, policy: Tensor | None = 
 
 
 def identifiable(states_1, actions_1, states_2, actions_2) -> Tensor:
-    """What pairs of trajectories [N, T] say about r(s, a): the projection [S A, S A] on the span of the differences of their
-    visit counts. (3) sees r through these differences only, so the part of r in the span is identified, and the rest is not:
-    a table v that is invisible has the same sum along all trajectories.
+    """What pairs of trajectories [N, T] say about r(s, a): the projection [S A, S A] on the span of the differences of
+    their visit counts. (3) sees r through these differences only, so the part of r in the span is identified, and the
+    rest is not: a table v that is invisible has the same sum along all trajectories.
 
-    All trajectories start in one state and have T = 5 steps, and (s, a) says which step it is. With slip = 0 the invisible v
-    are all of the form psi(s') - psi(s) with psi = const after the end: potential shaping (Ng, Harada & Russell 1999), one
-    number for each of the 13 states in reach; 3 * 13 - 13 = 26 are identified. They are the optimal advantages, so the optimal
-    policies are too. With slip > 0 each row follows each (s, a) of the middle row, so psi may depend on the column only: a
-    constant for each of the 5 steps is all that is lost, and 39 - 5 = 34 are identified."""
+    All trajectories start in one state and have T = 5 steps, and (s, a) says which step it is. With slip = 0 the
+    invisible v are all of the form psi(s') - psi(s) with psi = const after the end: potential shaping (Ng, Harada &
+    Russell 1999), one number for each of the 13 states in reach; 3 * 13 - 13 = 26 are identified. They are the optimal
+    advantages, so the optimal policies are too. With slip > 0 each row follows each (s, a) of the middle row, so psi
+    may depend on the column only: a constant for each of the 5 steps is all that is lost, and 39 - 5 = 34 are
+    identified."""
     difference = visit_differences(states_1, actions_1, states_2, actions_2)
     values, vectors = torch.linalg.eigh(difference.T @ difference)
     seen = vectors[:, values > 1e-9 * values.max()]
@@ -707,20 +792,23 @@ def identifiable(states_1, actions_1, states_2, actions_2) -> Tensor:
 
 
 def visit_differences(states_1, actions_1, states_2, actions_2) -> Tensor:
-    """[N, S A]: how many times more often the first trajectory of a pair takes action a in state s than the second does."""
-    counts = [F.one_hot(s * ACTIONS + a, ROWS * COLUMNS * ACTIONS).sum(1) for s, a in ((states_1, actions_1), (states_2, actions_2))]
-    return (counts[0] - counts[1]).double()
+    """[N, S A]: how much more often the first trajectory of a pair takes action a in state s than the second does."""
+    first, second = (F.one_hot(states * ACTIONS + actions, ROWS * COLUMNS * ACTIONS).sum(1)
+                     for states, actions in ((states_1, actions_1), (states_2, actions_2)))
+    return (first - second).double()
 
 
 def fit_trajectory_rewards(states_1, actions_1, states_2, actions_2, mu, l2: float) -> Tensor:
-    """The table [S, A] that minimises trajectory_loss, of all those the one of least norm: from 0, steps along gradients stay in
-    the identifiable span."""
+    """The table [S, A] that minimises trajectory_loss, of all those the one of least norm: from 0, steps along
+    gradients stay in the identifiable span."""
     table = torch.zeros(ROWS * COLUMNS, ACTIONS, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([table], max_iter=1000, history_size=50, tolerance_grad=1e-8, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([table], max_iter=1000, history_size=50, tolerance_grad=1e-8, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = trajectory_loss(table[states_1, actions_1], table[states_2, actions_2], mu) + l2 / 2 * table.square().sum()
+        loss = trajectory_loss(table[states_1, actions_1], table[states_2, actions_2], mu)
+        loss = loss + l2 / 2 * table.square().sum()
         loss.backward()
         return loss
 
@@ -729,16 +817,18 @@ def fit_trajectory_rewards(states_1, actions_1, states_2, actions_2, mu, l2: flo
     difference, seen = visit_differences(*pairs), identifiable(*pairs)
     p = torch.sigmoid(difference @ table.flatten())
     information = difference.T @ (difference * (p * (1 - p))[:, None]) + torch.eye(len(seen)) - seen
-    if l2 == 0 and torch.linalg.eigvalsh(information).min() < 1e-3:  # a standard error above 30 nats: running off, with no maximum
-        raise UserError(f"--comparisons {len(mu)}: too few, the learned rewards have no finite maximum: give more, or pass --l2 0.01")
+    if l2 == 0 and torch.linalg.eigvalsh(information).min() < 1e-3:  # a standard error above 30 nats: no maximum
+        raise UserError(f"--comparisons {len(mu)}: too few, the learned rewards have no finite maximum: "
+                        "give more, or pass --l2 0.01")
     return table
 
 
-def ppo(transitions: Tensor, rewards: Tensor, generator, iterations=60, walks=256, epochs=4, clip=0.2, lam=0.95) -> Tensor:
+def ppo(transitions: Tensor, rewards: Tensor, generator,
+        iterations=60, walks=256, epochs=4, clip=0.2, lam=0.95) -> Tensor:
     """Proximal policy optimization (Schulman et al. 2017) of a softmax policy on rewards [S, A] -> policy [S, A].
 
-        max  E min( rho A, clip(rho, 1 - clip, 1 + clip) A ),    rho = pi(a | s) / pi_old(a | s)              (6), their (7)
-        A_t = sum_k lam^k delta_{t+k},   delta_t = r_t + V(s_{t+1}) - V(s_t)                                   (7), their (11)
+        max  E min( rho A, clip(rho, 1 - clip, 1 + clip) A ),    rho = pi(a | s) / pi_old(a | s)         (6), their (7)
+        A_t = sum_k lam^k delta_{t+k},   delta_t = r_t + V(s_{t+1}) - V(s_t)                             (7), their (11)
 
     without discount. The advantages are standardised; V is a table that is fitted to the returns A + V."""
     logits = torch.zeros_like(rewards, requires_grad=True)
@@ -774,21 +864,27 @@ def trajectories(args: Args, out: Path) -> dict:
     seen = identifiable(*pairs)
     identified, error = seen @ rewards.flatten(), seen @ (learned - rewards).flatten()
     rank = round(seen.trace().item())
-    print(f"{len(mu):,} pairs of walks of {COLUMNS} steps identify {rank} directions of the {rewards.numel()} numbers r(s, a); there the learned "
-          f"rewards are off by {error.norm() / identified.norm():.0%} of the true ones' norm.\n")
-    by_ppo = ppo(transitions, learned, generator)
-    best = action_values(transitions, rewards)[START].max().item()
-    value = {"random": uniform, "PPO on the learned reward": by_ppo,
-             "optimal for the learned reward": F.one_hot(action_values(transitions, learned).argmax(1), ACTIONS).double()}
-    value = {name: (policy * action_values(transitions, rewards, policy)).sum(1)[START].item() for name, policy in value.items()}
-    value["optimal for the true reward (value iteration)"] = best
-    share = {name: (v - value["random"]) / (best - value["random"]) for name, v in value.items()}
-    print_table([["policy", "true return", "of the way from random to optimal"]] + [[n, v, f"{share[n]:.1%}"] for n, v in value.items()])
-    return {"identified": rank, "reward_error": (error.norm() / identified.norm()).item(), "return_random": value["random"],
-            "return_ppo": value["PPO on the learned reward"], "return_optimal": best, "share_of_optimum": share["PPO on the learned reward"]}
+    reward_error = (error.norm() / identified.norm()).item()
+    print(f"{len(mu):,} pairs of walks of {COLUMNS} steps identify {rank} directions of the {rewards.numel()} numbers "
+          f"r(s, a); there the learned rewards are off by {reward_error:.0%} of the true ones' norm.\n")
+
+    def true_return(policy):
+        return (policy * action_values(transitions, rewards, policy)).sum(1)[START].item()
+
+    greedy = F.one_hot(action_values(transitions, learned).argmax(1), ACTIONS).double()
+    best, random = action_values(transitions, rewards)[START].max().item(), true_return(uniform)
+    by_ppo = true_return(ppo(transitions, learned, generator))
+    table = [["policy", "true return", "of the way from random to optimal"]]
+    for name, value in (("random", random), ("PPO on the learned reward", by_ppo),
+                        ("optimal for the learned reward", true_return(greedy)),
+                        ("optimal for the true reward (value iteration)", best)):
+        table.append([name, value, f"{(value - random) / (best - random):.1%}"])
+    print_table(table)
+    return {"identified": rank, "reward_error": reward_error, "return_random": random, "return_ppo": by_ppo,
+            "return_optimal": best, "share_of_optimum": (by_ppo - random) / (best - random)}
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> None:
@@ -796,13 +892,17 @@ def main(args: Args) -> None:
         if not least <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {least}")
     if not 0 < args.scale < math.inf or not math.isfinite(args.anchor) or args.slip > 1:
-        raise UserError(f"--scale {args.scale}, --anchor {args.anchor}, --slip {args.slip}: scale above 0, anchor finite, slip at most 1")
+        raise UserError(f"--scale {args.scale}, --anchor {args.anchor}, --slip {args.slip}: "
+                        "scale above 0, anchor finite, slip at most 1")
     began, out = time.perf_counter(), Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "args.json", json.dumps(asdict(args), indent=1).encode())
     results = (battles if args.data else {"bandit": bandit, "trajectories": trajectories}[args.setting])(args, out)
-    results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}  # accuracy, of ties only
-    write_atomically(out / "results.json", json.dumps({**results, "seconds": time.perf_counter() - began}, indent=1).encode())
+    for name, value in results.items():
+        if isinstance(value, float) and not math.isfinite(value):  # accuracy, where all were ties
+            results[name] = None
+    results["seconds"] = time.perf_counter() - began
+    write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     print(f"saved to {out}")
 
 

@@ -4,11 +4,12 @@
     python benchmarks/bt.py --threads 1                    # about 3 minutes
     python benchmarks/bt.py --threads 2 --only large       # 10,000 items, 10^7 comparisons
 
-1,000 items with rewards from N(0, 1), 10^6 comparisons of random pairs, no ties (choix knows none). The solvers take turns, five
-times; the medians are reported. fit_bt starts from the comparisons (tensors i, j, mu): checks, counts and the test of
-connectedness are in its time. choix.ilsr_pairwise starts from its list of (winner, loser) tuples, choix.ilsr_pairwise_dense
-from the counted matrix: counting is not in its time, and given beside it. Peak memory is of a process that does
-nothing else, the data included. Processor seconds are given beside wall-clock seconds: on a busy machine only they compare.
+1,000 items with rewards from N(0, 1), 10^6 comparisons of random pairs, no ties (choix knows none). The solvers take
+turns, five times; the medians are reported. fit_bt starts from the comparisons (tensors i, j, mu): checks, counts and
+the test of connectedness are in its time. choix.ilsr_pairwise starts from its list of (winner, loser) tuples,
+choix.ilsr_pairwise_dense from the counted matrix: counting is not in its time, and given beside it. Peak memory is of a
+process that does nothing else, the data included. Processor seconds are given beside wall-clock seconds: on a busy
+machine only they compare.
 """
 
 import argparse
@@ -68,8 +69,8 @@ def timed(function):
 
 
 def peak_mb(which):
-    done = subprocess.run([sys.executable, __file__, "--alone", which, "--threads", str(args.threads)], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    command = [sys.executable, __file__, "--alone", which, "--threads", str(args.threads)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def memory_mb():  # not ru_maxrss, which a process inherits from the one that started it
@@ -86,18 +87,21 @@ def alone(which):
         seconds, fit = timed(lambda: bt.fit_bt(i, j, mu, items))
         more = {"gradient_norm": fit.gradient_norm, "iterations": fit.iterations}
     else:
-        data = as_tuples(i, j, mu) if which == "ilsr_pairwise" else as_matrix(i, j, mu, items)
-        seconds, more = timed(lambda: getattr(choix, which)(*((items, data) if which == "ilsr_pairwise" else (data,))))[0], {}
-    print(json.dumps({"seconds": seconds[0], "cpu_seconds": seconds[1], "peak_mb": memory_mb(), "data_mb": before, **more}))
+        data = (items, as_tuples(i, j, mu)) if which == "ilsr_pairwise" else (as_matrix(i, j, mu, items),)
+        seconds, more = timed(lambda: getattr(choix, which)(*data))[0], {}
+    results = {"seconds": seconds[0], "cpu_seconds": seconds[1], "peak_mb": memory_mb(), "data_mb": before, **more}
+    print(json.dumps(results))
 
 
 def against_choix():
     items = 1000
     i, j, mu = simulate(items, 10**6)
     tuples, ((count_seconds, count_cpu), matrix) = as_tuples(i, j, mu), timed(lambda: as_matrix(i, j, mu, items))
-    solvers = {"fit_bt": lambda: bt.fit_bt(i, j, mu, items), "ilsr_pairwise": lambda: choix.ilsr_pairwise(items, tuples),
+    solvers = {"fit_bt": lambda: bt.fit_bt(i, j, mu, items),
+               "ilsr_pairwise": lambda: choix.ilsr_pairwise(items, tuples),
                "ilsr_pairwise_dense": lambda: choix.ilsr_pairwise_dense(matrix)}
-    bt.fit_bt(i[:100_000], j[:100_000], mu[:100_000], items, l2=1.0)  # the first call of a process pays for loading kernels
+    # The first call of a process pays for loading kernels.
+    bt.fit_bt(i[:100_000], j[:100_000], mu[:100_000], items, l2=1.0)
     choix.ilsr_pairwise_dense(matrix[:50, :50] + 1)
     seconds, rewards = {name: [] for name in solvers}, {}
     for turn in range(args.repeats):
@@ -106,16 +110,18 @@ def against_choix():
             seconds[name].append(took)
     fit = rewards["fit_bt"]
     rewards = {name: fit.rewards if name == "fit_bt" else torch.tensor(r - r.mean()) for name, r in rewards.items()}
-    results = {"items": items, "comparisons": 10**6, "threads": args.threads, "gradient_norm": fit.gradient_norm, "iterations": fit.iterations,
-               "count_matrix_seconds": count_seconds, "count_matrix_cpu_seconds": count_cpu}
+    results = {"items": items, "comparisons": 10**6, "threads": args.threads, "gradient_norm": fit.gradient_norm,
+               "iterations": fit.iterations, "count_matrix_seconds": count_seconds,
+               "count_matrix_cpu_seconds": count_cpu}
     for name in solvers:
         r = rewards[name].clone().requires_grad_()
         loss = bt.bt_loss(r, i, j, mu)
         loss.backward()
         wall, cpu = zip(*seconds[name])
-        results |= {f"{name}_seconds": statistics.median(wall), f"{name}_seconds_all": wall, f"{name}_cpu_seconds": statistics.median(cpu),
-                    f"{name}_loss": loss.item(),
-                    f"{name}_gradient_norm_at_rewards": r.grad.norm().item(), f"{name}_peak_mb": peak_mb(name)["peak_mb"]}
+        results |= {f"{name}_seconds": statistics.median(wall), f"{name}_seconds_all": wall,
+                    f"{name}_cpu_seconds": statistics.median(cpu), f"{name}_loss": loss.item(),
+                    f"{name}_gradient_norm_at_rewards": r.grad.norm().item(),
+                    f"{name}_peak_mb": peak_mb(name)["peak_mb"]}
         if name != "fit_bt":
             results |= {f"speedup_over_{name}": results[f"{name}_seconds"] / results["fit_bt_seconds"],
                         f"cpu_speedup_over_{name}": results[f"{name}_cpu_seconds"] / results["fit_bt_cpu_seconds"],

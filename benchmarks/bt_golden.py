@@ -2,10 +2,10 @@
 
     python benchmarks/bt_golden.py --battles llmfao_battles.jsonl        # -> tests/golden/bt.json
 
-The likelihoods are written here by the outcome and differentiated by complex steps, which are exact to rounding; the equations
-gradient = 0 are solved by scipy.optimize.root, from where scipy.optimize.minimize ends. The battles are LLMFAO's (Dmitry
-Ustalov, https://github.com/dustalov/llmfao, CC BY 4.0): 8,931 human votes on 59 models; the golden file keeps their
-counts by pair, [a, b, votes for a, ties, votes for b].
+The likelihoods are written here by the outcome and differentiated by complex steps, which are exact to rounding; the
+equations gradient = 0 are solved by scipy.optimize.root, from where scipy.optimize.minimize ends. The battles are
+LLMFAO's (Dmitry Ustalov, https://github.com/dustalov/llmfao, CC BY 4.0): 8,931 human votes on 59 models; the golden
+file keeps their counts by pair, [a, b, votes for a, ties, votes for b].
 """
 
 import argparse
@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize, root
 
-GAMES = [[0, 1, 2, 0, 3], [0, 3, 1, 0, 4], [1, 2, 5, 0, 3], [2, 3, 1, 0, 3]]  # Wikipedia's worked example, arena-rank's first test
+# Wikipedia's worked example, arena-rank's first test
+GAMES = [[0, 1, 2, 0, 3], [0, 3, 1, 0, 4], [1, 2, 5, 0, 3], [2, 3, 1, 0, 3]]
+SOURCE = "benchmarks/bt_golden.py; arena: LLMFAO, Dmitry Ustalov, https://github.com/dustalov/llmfao, CC BY 4.0"
 
 
 def probabilities(pi_a, pi_b, tie, model):
@@ -46,18 +48,21 @@ def solve(counts, num_items, model="half", l2=0.0):
     counts = np.array(counts)
     size = num_items - (not l2) + (model != "half")
 
+    def loss(x):
+        return minus_log_likelihood(x, counts, num_items, model, l2)
+
     def gradient(x):
-        return np.array([minus_log_likelihood(x + 1e-30j * unit, counts, num_items, model, l2).imag / 1e-30 for unit in np.eye(size)])
+        return np.array([loss(x + 1e-30j * unit).imag / 1e-30 for unit in np.eye(size)])
 
     x = np.zeros(size)
     if model != "half":
         x[-1] = 0.5
-    x = minimize(lambda x: minus_log_likelihood(x, counts, num_items, model, l2), x, jac=gradient, method="BFGS", options={"gtol": 1e-6}).x
+    x = minimize(loss, x, jac=gradient, method="BFGS", options={"gtol": 1e-6}).x
     x = root(gradient, x, method="hybr", tol=1e-14).x
     assert np.abs(gradient(x)).max() < 1e-9, np.abs(gradient(x)).max()
     rewards = x[:num_items] if l2 else np.concatenate([[0.0], x[:num_items - 1]])
     return {"rewards": (rewards - rewards.mean()).tolist(), "tie": float(x[-1]) if model != "half" else 0.0,
-            "loss": float(minus_log_likelihood(x, counts, num_items, model, l2) - l2 / 2 * (rewards**2).sum())}
+            "loss": float(loss(x) - l2 / 2 * (rewards**2).sum())}
 
 
 def sandwich(counts, rewards):
@@ -97,7 +102,7 @@ if __name__ == "__main__":
             if rng.random() < 0.5:
                 p = probabilities(np.exp(true[a]), np.exp(true[b]), 0.3, "davidson")
                 simulated.append([a, b, *rng.multinomial(rng.integers(1, 30), p).tolist()])
-    golden = {"source": "benchmarks/bt_golden.py; arena: LLMFAO, Dmitry Ustalov, https://github.com/dustalov/llmfao, CC BY 4.0"}
+    golden = {"source": SOURCE}
     for name, counts, K in (("games", GAMES, 4), ("simulated", simulated, 20), ("arena", arena, len(names))):
         golden[name] = {"num_items": K, "counts": counts, "half": solve(counts, K), "ridge": solve(counts, K, l2=0.5)}
         if name != "games":
@@ -105,5 +110,6 @@ if __name__ == "__main__":
         golden[name]["fisher_se"], golden[name]["sandwich_se"] = sandwich(counts, golden[name]["half"]["rewards"])
     golden["arena"]["names"] = names
     path = Path(__file__).resolve().parents[1] / "tests" / "golden" / "bt.json"
-    path.write_text(json.dumps(golden, separators=(",", ":")).replace('"arena"', '\n"arena"').replace('"simulated"', '\n"simulated"') + "\n")
+    text = json.dumps(golden, separators=(",", ":"))
+    path.write_text(text.replace('"arena"', '\n"arena"').replace('"simulated"', '\n"simulated"') + "\n")
     print(f"{path}: {path.stat().st_size:,} bytes")

@@ -5,10 +5,10 @@
 * log-probs, forward and backward: ours against log_softmax over the full logits and a gather
 * rollouts, 8 samples for each of 8 prompts: ours against model.generate on the prompts repeated 8 times
 
-Each measurement is a process of its own, which warms up once and takes the median of 3; the two ways alternate, 5 times, and
-the ratio is the median over the 5 pairs. Peak memory is what the work adds to the process. Shapes: tiny is assets/tiny-sft with
-its own reviews (0.9M parameters, vocabulary 512, completions end by themselves); 15M is a random Llama of 288 x 6, vocabulary
-32,000, with prompts and completions of 64 to 128 tokens, which never end.
+Each measurement is a process of its own, which warms up once and takes the median of 3; the two ways alternate, 5
+times, and the ratio is the median over the 5 pairs. Peak memory is what the work adds to the process. Shapes: tiny is
+assets/tiny-sft with its own reviews (0.9M parameters, vocabulary 512, completions end by themselves); 15M is a random
+Llama of 288 x 6, vocabulary 32,000, with prompts and completions of 64 to 128 tokens, which never end.
 """
 
 import json
@@ -38,12 +38,13 @@ def load(shape):
         data = load_rows(str(ROOT / "assets" / "data" / "comparisons_heldout.jsonl"))
         rows = [encode_row(tokenizer, row["prompt"], row["chosen"], [1]) for row in data[:64]]
         return model, tokenizer, rows, [encode_prompt(tokenizer, row["prompt"]) for row in data[:8]], 64
-    config = LlamaConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
-                         num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=None)
+    config = LlamaConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6,
+                         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512,
+                         tie_word_embeddings=True, eos_token_id=None)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     lengths = torch.randint(64, 129, (8, 2)).tolist()
-    rows = [make_row(torch.randint(3, 32000, (p,)).tolist(), torch.randint(3, 32000, (c,)).tolist()) for p, c in lengths]
+    rows = [make_row(*(torch.randint(3, 32000, (length,)).tolist() for length in pair)) for pair in lengths]
     return model, tokenizer, rows, [ids[:p] for (ids, _), (p, _) in zip(rows, lengths)], 64
 
 
@@ -72,7 +73,8 @@ def work(task, way, shape):
         longest = max(map(len, repeated))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in repeated])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in repeated])
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=True, top_k=0, pad_token_id=0)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=True, top_k=0,
+                             pad_token_id=0)
         new = out[:, longest:]  # as much of a row as is not padding
         return int((new.flip(1).cumsum(1) > 0).sum()) if shape == "tiny" else new.numel()
 
@@ -101,16 +103,19 @@ def main():
             for repeat in range(5):
                 for way in ("ours", "naive") if repeat % 2 else ("naive", "ours"):
                     command = [sys.executable, __file__, task, way, shape]
-                    runs[way].append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+                    done = subprocess.run(command, capture_output=True, text=True, check=True)
+                    runs[way].append(json.loads(done.stdout))
 
             def median(way, key):
                 return statistics.median(run[key] for run in runs[way])
 
-            ratio = statistics.median(o["tokens_per_s"] / n["tokens_per_s"] for o, n in zip(runs["ours"], runs["naive"]))
+            ratio = statistics.median(ours["tokens_per_s"] / naive["tokens_per_s"]
+                                      for ours, naive in zip(runs["ours"], runs["naive"]))
             results.append({"task": task, "shape": shape, "device": "cpu", "threads": THREADS, "ratio": ratio,
                             **{f"tokens_per_s_{way}": median(way, "tokens_per_s") for way in runs},
                             **{f"peak_mb_{way}": median(way, "peak_mb") for way in runs}})
-            print(" ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in results[-1].items()), flush=True)
+            shown = (f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in results[-1].items())
+            print(" ".join(shown), flush=True)
     (ROOT / "benchmarks" / "results" / "core.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

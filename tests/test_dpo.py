@@ -18,7 +18,7 @@ LOGPS = {name: torch.tensor(values) for name, values in EXPECTED["sequence_logps
 NAMES = ["policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"]
 
 
-# ------------------------------------------------------------------------------------------------------ other people's numbers
+# ----------------------------------------------------------------------------------------------- other people's numbers
 
 
 @pytest.mark.parametrize("name, kwargs", [
@@ -37,17 +37,20 @@ def test_golden_text_to_loss_to_gradient(name, beta, loss_type):
     """The whole path. TRL 1.16's ipo is on mean log-probabilities: ours gives its numbers when it is fed those."""
     model, reference = load_model(str(GOLDEN / "policy")), load_model(str(GOLDEN / "ref"))
     tokenizer = load_tokenizer(str(GOLDEN / "policy"))
-    pairs = [tuple(encode_row(tokenizer, row["prompt"], row[c], [2]) for c in ("chosen", "rejected")) for row in EXPECTED["text"]]
-    input_ids, completion_mask = pad_rows([row for column in zip(*pairs) for row in column])  # chosen first, as TRL has it
+    pairs = [tuple(encode_row(tokenizer, row["prompt"], row[column], [2]) for column in ("chosen", "rejected"))
+             for row in EXPECTED["text"]]
+    input_ids, completion_mask = pad_rows([row for column in zip(*pairs) for row in column])  # chosen first, as in TRL
     golden_mask = torch.tensor(EXPECTED["inputs"]["completion_mask"])
     assert torch.equal(completion_mask, golden_mask)
     assert torch.equal(input_ids[golden_mask.bool()], torch.tensor(EXPECTED["inputs"]["input_ids"])[golden_mask.bool()])
     per_token = token_logprobs(model, input_ids, None, completion_mask)
-    torch.testing.assert_close(per_token[:, 1:], torch.tensor(EXPECTED["per_token_logps"]["policy"]), rtol=1e-5, atol=1e-5)
+    expected = torch.tensor(EXPECTED["per_token_logps"]["policy"])
+    torch.testing.assert_close(per_token[:, 1:], expected, rtol=1e-5, atol=1e-5)
 
     logps = pair_logprobs(model, pairs, 1.0)
     ref_logps = torch.stack([sequence_logprobs(reference, column) for column in zip(*pairs)], 1)
-    torch.testing.assert_close(logps.T.flatten(), torch.cat([LOGPS["policy_chosen"], LOGPS["policy_rejected"]]), rtol=1e-5, atol=1e-5)
+    expected = torch.cat([LOGPS["policy_chosen"], LOGPS["policy_rejected"]])
+    torch.testing.assert_close(logps.T.flatten(), expected, rtol=1e-5, atol=1e-5)
     if loss_type == "ipo":
         lengths = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs])
         logps, ref_logps = logps / lengths, ref_logps / lengths
@@ -69,14 +72,14 @@ def test_an_unknown_loss_type_is_refused():
         dpo_loss(*(LOGPS[n] for n in NAMES), 0.1, loss_type="hinge")
 
 
-# ----------------------------------------------------------------------------------- exact: every sequence of a small language
+# ---------------------------------------------------------------------------- exact: every sequence of a small language
 #
-# Two prompts, three tokens, and every sequence up to three tokens: y ends with token 0 or at length 3. A table of logits for
-# every prefix is a complete autoregressive policy, so pi_ref, pi* and all log-probabilities can be listed.
+# Two prompts, three tokens, and every sequence up to three tokens: y ends with token 0 or at length 3. A table of
+# logits for every prefix is a complete autoregressive policy, so pi_ref, pi* and all log-probabilities can be listed.
 
 SEQUENCES = [s for n in (1, 2, 3) for s in itertools.product(range(3), repeat=n)
              if 0 not in s[:-1] and (s[-1] == 0 or n == 3)]
-PREFIXES = {s: i for i, s in enumerate([(), *itertools.product((1, 2), repeat=1), *itertools.product((1, 2), repeat=2)])}
+PREFIXES = {s: i for i, s in enumerate(s for n in (0, 1, 2) for s in itertools.product((1, 2), repeat=n))}
 
 
 def all_logps(table):
@@ -171,7 +174,7 @@ def test_population_ipo_reaches_its_own_fixed_point(beta):
 
 
 def test_log_z_cancels():
-    """Adding a number to all rewards of a prompt changes neither labels nor pi*; adding one to both log-ratios, no loss."""
+    """A number added to all rewards of a prompt moves neither labels nor pi*; one added to both log-ratios no loss."""
     _, ref_logps, rewards = small_world()
     shift = torch.tensor([[3.0], [-7.0]], dtype=torch.float64)
     torch.testing.assert_close(optimum(ref_logps, rewards + shift, 0.3), optimum(ref_logps, rewards, 0.3))
@@ -182,7 +185,8 @@ def test_log_z_cancels():
 
 def test_before_training_the_loss_is_ln_2():
     for label_smoothing in (0.0, 0.2):
-        losses, chosen_rewards, rejected_rewards = dpo_loss(*[LOGPS["ref_chosen"], LOGPS["ref_rejected"]] * 2, 0.1, label_smoothing)
+        reference = LOGPS["ref_chosen"], LOGPS["ref_rejected"]
+        losses, chosen_rewards, rejected_rewards = dpo_loss(*reference, *reference, 0.1, label_smoothing)
         torch.testing.assert_close(losses, torch.full((6,), math.log(2)), rtol=0, atol=1e-7)
         assert chosen_rewards.abs().max() == rejected_rewards.abs().max() == 0
 

@@ -1,4 +1,4 @@
-"""common.generate: the tokens of model.generate, the log-probabilities of a teacher-forced pass, and every way to stop."""
+"""common.generate: the tokens of model.generate, log-probabilities of a teacher-forced pass, and every way to stop."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ PROMPTS = [[5, 9, 11], [7, 8, 20, 33, 6, 41, 9, 12], [30], [5, 9, 11, 12, 40]]
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_equals_model_generate(name):
-    """Prompts of unequal length in one batch, against model.generate on each alone; the sliding windows are exceeded."""
+    """Prompts of unequal length in one batch, against model.generate on each alone; sliding windows are exceeded."""
     model = model_of(name)
     rollout = generate(model, Ids(), PROMPTS, 1, 12, temperature=0)
     for prompt, (ids, _) in zip(PROMPTS, rollout.rows):
@@ -36,7 +36,8 @@ def test_logprobs_equal_teacher_forcing(name):
         assert not any(token in range(2, 12) for token in completion[:-1])
         assert rollout.ended[i] == (completion[-1] in range(2, 12)) and (rollout.ended[i] or len(completion) == 20)
         assert rollout.input_ids[i, :len(ids)].tolist() == ids
-        assert rollout.completions[i].split() == [str(token) for token in completion[:len(completion) - bool(rollout.ended[i])]]
+        told = completion[:len(completion) - bool(rollout.ended[i])]
+        assert rollout.completions[i].split() == [str(token) for token in told]
 
 
 def test_every_stop_token_counts():

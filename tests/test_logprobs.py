@@ -150,6 +150,7 @@ def test_sequence_logprobs_and_micro_batches():
     rows = [([5] * p + list(range(4, 4 + c)), [0] * p + [1] * c) for p, c in [(2, 3), (9, 4), (1, 1), (4, 8), (3, 3)]]
     one_by_one = [common.sequence_logprobs(model, [row])[0] for row in rows]
     for size in (1, 2, 5, None):
-        torch.testing.assert_close(common.sequence_logprobs(model, rows, size), torch.stack(one_by_one), atol=1e-5, rtol=1e-5)
+        together = common.sequence_logprobs(model, rows, size)
+        torch.testing.assert_close(together, torch.stack(one_by_one), atol=1e-5, rtol=1e-5)
     groups = common.micro_batches([7, 1, 5, 3], None, tokens=10)
     assert groups == [[1, 3], [2], [0]] and common.micro_batches([7, 1, 5, 3], 3) == [[1, 3, 2], [0]]

@@ -25,8 +25,9 @@ QUICK = {
 
 
 def start(script, *flags, cwd=ROOT, **kwargs):
-    return subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)], cwd=cwd, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)
 
 
 def run(script, *flags, **kwargs):
@@ -42,7 +43,8 @@ def small_data(directory):
         lines = (ROOT / "assets" / "data" / f"{name}.jsonl").read_text().splitlines()
         (directory / f"{name}.jsonl").write_text("\n".join(lines[:64]))
         (directory / f"{name}_heldout.jsonl").write_text("\n".join(lines[64:96]))
-        flags[script] = ["--dataset", directory / f"{name}.jsonl", "--eval-dataset", directory / f"{name}_heldout.jsonl"]
+        flags[script] = ["--dataset", directory / f"{name}.jsonl",
+                         "--eval-dataset", directory / f"{name}_heldout.jsonl"]
     flags["dpo"] += ["--reward-fn", ROOT / "assets" / "rewards.py:sentiment"]
     return {script: QUICK[script] + flags[script] for script in flags}
 
@@ -75,8 +77,8 @@ def test_run_directory(script, finished):
     if script == "dpo":
         assert abs(rows[0]["loss"] - math.log(2)) < 1e-6 and abs(rows[0]["kl"]) < 1e-6 and rows[0]["win_rate"] == 0.5
         assert abs(rows[1]["loss"] - math.log(2)) < 1e-6  # the first batch, before its update
-        assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate", "win_rate_se",
-                                "ended", "seconds"}
+        assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate",
+                                "win_rate_se", "ended", "seconds"}
         assert all("reward" in s for s in samples)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
@@ -85,7 +87,8 @@ def test_run_directory(script, finished):
     assert model.dtype == torch.bfloat16  # as tiny-sft came
 
 
-@pytest.mark.parametrize("wait_for", [1, 5, 9])  # lines of metrics.jsonl: before any checkpoint, after one, after the last update
+# wait_for: lines of metrics.jsonl, before any checkpoint, after one, after the last update
+@pytest.mark.parametrize("wait_for", [1, 5, 9])
 @pytest.mark.parametrize("script", ["sft", "dpo"])
 def test_killed_and_resumed_equals_uninterrupted(script, wait_for, finished, tmp_path):
     directory, flags = finished
@@ -129,20 +132,22 @@ def test_a_copied_script_runs_anywhere(finished, tmp_path):
         (tmp_path / name).write_text((ROOT / name).read_text())
     flags = ["--model", ROOT / "assets" / "tiny-sft", "--max-steps", "2", "--batch-size", "4", "--max-new-tokens", "8"]
     data = tmp_path / "data.jsonl"
-    user, good, bad = ({"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", " good"), ("assistant", " bad")))
+    user = {"role": "user", "content": "Hi"}
+    good, bad = ({"role": "assistant", "content": content} for content in (" good", " bad"))
     data.write_text("\n".join(json.dumps({"chosen": [user, good], "rejected": [user, bad]}) for _ in range(20)))
     command = [sys.executable, "dpo.py", *map(str, flags), "--dataset", "data.jsonl", "--eval-prompts", "5"]
     kwargs = dict(cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
     result = subprocess.run(command, **kwargs)
     assert result.returncode == 2 and "--chat-template" in result.stderr
-    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
-                                         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    template = ("{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    (tmp_path / "chat.jinja").write_text(template)
     result = subprocess.run([*command, "--chat-template", "chat.jinja"], **kwargs)
     assert result.returncode == 0, result.stderr
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "runs" / "dpo").chat_template is not None
 
 
-# -------------------------------------------------------------------------------------------------------------------- mistakes
+# ------------------------------------------------------------------------------------------------------------- mistakes
 
 ROW = {"prompt": "Review of The Lost King, a drama:", "chosen": " The plot is good.", "rejected": " The plot is bad."}
 REWARD = "def reward(prompts, completions, **columns):\n    "
@@ -179,8 +184,10 @@ MISTAKES = {
     "broken JSON": ("dpo", ["--dataset", "d.jsonl"], {"d.jsonl": json.dumps(ROW) + "\n{'prompt'\n"}, "line 2"),
     "a single row": ("dpo", ["--dataset", "d.jsonl"], {"d.jsonl": [ROW]}, "--eval-dataset"),
     "a missing column": ("dpo", ["--dataset", "d.jsonl"], {"d.jsonl": [{"prompt": "a", "good": "b"}] * 2}, "chosen"),
-    "demonstrations for comparisons": ("dpo", ["--dataset", ROOT / "assets" / "data" / "demonstrations.jsonl"], {}, "chosen"),
-    "comparisons for demonstrations": ("sft", ["--dataset", ROOT / "assets" / "data" / "comparisons.jsonl"], {}, "completion"),
+    "demonstrations for comparisons": ("dpo", ["--dataset", ROOT / "assets" / "data" / "demonstrations.jsonl"], {},
+                                       "chosen"),
+    "comparisons for demonstrations": ("sft", ["--dataset", ROOT / "assets" / "data" / "comparisons.jsonl"], {},
+                                       "completion"),
     "an empty completion": ("dpo", ["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl"],
                             {"d.jsonl": [ROW, {**ROW, "chosen": " "}]}, "row 2"),
     "no shared prompt": ("dpo", ["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl"],
@@ -193,8 +200,10 @@ MISTAKES = {
     "a length beyond the window": ("dpo", ["--max-length", "1000"], {}, "256"),
     "no room for samples": ("dpo", ["--max-new-tokens", "250"], {}, "--max-new-tokens"),
     "no reward file": ("dpo", ["--reward-fn", "none.py:reward"], {}, "none.py"),
-    "no reward function": ("dpo", ["--reward-fn", "r.py:rewards"], {"r.py": REWARD + "return [0.0] * len(prompts)"}, "rewards"),
-    "a reward function that raises": ("dpo", ["--reward-fn", "r.py:reward"], {"r.py": REWARD + "return [1 / 0]"}, "ZeroDivision"),
+    "no reward function": ("dpo", ["--reward-fn", "r.py:rewards"], {"r.py": REWARD + "return [0.0] * len(prompts)"},
+                           "rewards"),
+    "a reward function that raises": ("dpo", ["--reward-fn", "r.py:reward"], {"r.py": REWARD + "return [1 / 0]"},
+                                      "ZeroDivision"),
     "too few rewards": ("dpo", ["--reward-fn", "r.py:reward"], {"r.py": REWARD + "return [0.0]"}, "1 rewards for"),
     "a reward that is not a number": ("dpo", ["--reward-fn", "r.py:reward"],
                                       {"r.py": REWARD + "return [float('nan')] * len(prompts)"}, "nan"),
@@ -225,7 +234,8 @@ def test_mistakes_end_with_status_2_and_one_line(name, finished, in_process, tmp
         if content == "finished":
             path.mkdir(parents=True)
             (path / "checkpoint").mkdir()
-            (path / "checkpoint" / "state.pt").write_bytes((finished[0] / "dpo" / "checkpoint" / "state.pt").read_bytes())
+            state = (finished[0] / "dpo" / "checkpoint" / "state.pt").read_bytes()
+            (path / "checkpoint" / "state.pt").write_bytes(state)
             (path / "args.json").write_text((finished[0] / "dpo" / "args.json").read_text())
         elif content in ("pickled", "no_eos"):
             model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-sft")
@@ -264,7 +274,8 @@ def test_a_full_disk(finished, tmp_path):
 
 
 def test_the_last_good_checkpoint_is_named(finished, tmp_path):
-    status, _, errors = run("sft", *finished[1]["sft"], "--output-dir", tmp_path, "--learning-rate", "1e30", "--save-every", "1")
+    flags = ["--output-dir", tmp_path, "--learning-rate", "1e30", "--save-every", "1"]
+    status, _, errors = run("sft", *finished[1]["sft"], *flags)
     assert status == 2 and "checkpoint" in errors and "update" in errors and "rows" in errors, errors
 
 

@@ -20,7 +20,8 @@ def test_golden_text_to_loss_to_gradient(which):
     args = Args(train_on_prompt=which == "full_sequence")
     rows = [encode_demonstration(row, tokenizer, [2], args)[0] for row in EXPECTED["text"]]
     input_ids, mask = pad_rows(rows)
-    labels = torch.tensor(EXPECTED["inputs"]["labels"] if which == "completion_only" else EXPECTED["labels_full_sequence"])
+    completion_only = which == "completion_only"
+    labels = torch.tensor(EXPECTED["inputs"]["labels"] if completion_only else EXPECTED["labels_full_sequence"])
     labels[:, 0] = -100  # nothing predicts the first token
     assert torch.equal(torch.where(mask.bool(), input_ids, -100), labels)
     loss = sft_loss(token_logprobs(model, input_ids, None, mask), mask)

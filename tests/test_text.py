@@ -4,14 +4,15 @@ import json
 
 import pytest
 
-from common import (UserError, batches, comparison, encode_all, encode_conversation, encode_prompt, encode_row, generate,
-                    hold_out, load_rows, load_tokenizer)
+from common import (UserError, batches, comparison, encode_all, encode_conversation, encode_prompt, encode_row,
+                    generate, hold_out, load_rows, load_tokenizer)
 from conftest import ROOT
 from tiny import byte_level, model_of, sentencepiece
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+NO_SYSTEM = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+             + CHATML)
 
 
 def split(row):
@@ -89,7 +90,8 @@ def test_chat_masks_token_by_token():
     shown = [(tokenizer.decode([i]), m) for i, m in zip(ids, mask)]
     user = [("<|im_start|>", 0), *[(c, 0) for c in "user\n"]]
     assistant = [("<|im_start|>", 0), *[(c, 0) for c in "assistant\n"]]
-    assert shown == [*user, ("he", 0), ("<|im_end|>", 0), ("\n", 0), *assistant, ("ab", 1), ("<|im_end|>", 1), ("\n", 0),
+    assert shown == [*user, ("he", 0), ("<|im_end|>", 0), ("\n", 0),
+                     *assistant, ("ab", 1), ("<|im_end|>", 1), ("\n", 0),
                      *user, ("x", 0), ("<|im_end|>", 0), ("\n", 0), *assistant, ("y", 1), ("<|im_end|>", 1)]
     # A comparison or a prompt with completion: only the last answer, and what generation would see before it.
     ids, mask = encode_row(tokenizer, CONVERSATION[:3], CONVERSATION[3:], [tokenizer.eos_token_id])
@@ -112,7 +114,8 @@ def test_any_stop_token_ends_a_turn_and_a_missing_one_is_added():
     tokenizer = byte_level()  # EOS is <|endoftext|>, the template ends turns with <|im_end|>
     tokenizer.chat_template = CHATML
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert split(encode_row(tokenizer, CONVERSATION[:1], CONVERSATION[1:2], [tokenizer.eos_token_id, end_of_turn]))[1][-1] == end_of_turn
+    row = encode_row(tokenizer, CONVERSATION[:1], CONVERSATION[1:2], [tokenizer.eos_token_id, end_of_turn])
+    assert split(row)[1][-1] == end_of_turn
     ids, mask = encode_row(tokenizer, CONVERSATION[:1], CONVERSATION[1:2], [tokenizer.eos_token_id])
     assert ids[-1] == tokenizer.eos_token_id and mask[-1] == 1
 
@@ -146,7 +149,7 @@ def test_a_conversation_without_an_answer_is_refused():
         encode_conversation(chat_tokenizer(), CONVERSATION[:1], [0])
 
 
-# ------------------------------------------------------------------------------------------------------------------ data sets
+# ------------------------------------------------------------------------------------------------------------ data sets
 
 
 def test_comparisons_in_every_form():
@@ -160,7 +163,8 @@ def test_comparisons_in_every_form():
     assert comparison({"chosen": [user, good], "rejected": [user, bad]}) == expected
     assert comparison({"prompt": "u", "chosen": [user, good], "rejected": [user, bad]}) == expected  # UltraFeedback
     for row, what in (({"chosen": "x", "rejected": "y"}, "prompt"),
-                      ({"prompt": "p", "chosen": "", "rejected": "b"}, "'chosen' is empty"), ({"prompt": "p"}, "no 'chosen'"),
+                      ({"prompt": "p", "chosen": "", "rejected": "b"}, "'chosen' is empty"),
+                      ({"prompt": "p"}, "no 'chosen'"),
                       ({"prompt": "p", "chosen": "a", "rejected": [good]}, "both")):
         with pytest.raises(UserError, match=what):
             comparison(row)
@@ -220,7 +224,7 @@ def test_the_embedded_world_is_what_its_readme_says():
 
 
 def test_the_frontier_has_the_slope_that_the_optimum_must_have():
-    """Along pi* the last nat of KL buys beta of reward: d reward / d KL = beta. And optimal_gain reads between the points."""
+    """Along pi* the last nat of KL buys beta of reward: d reward / d KL = beta. optimal_gain reads between points."""
     from types import SimpleNamespace
 
     from common import ASSETS, optimal_gain

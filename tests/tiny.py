@@ -6,17 +6,20 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+             pad_token_id=3)
+WITHOUT_GROUPS = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
 ARCHITECTURES = {
     "llama": transformers.LlamaConfig(**SMALL),
     "qwen2": transformers.Qwen2Config(**SMALL),
     "qwen3": transformers.Qwen3Config(**SMALL),
     "mistral": transformers.MistralConfig(**SMALL, sliding_window=6),
-    "gemma2": transformers.Gemma2Config(**SMALL, sliding_window=6, final_logit_softcapping=0.7, query_pre_attn_scalar=8),
+    "gemma2": transformers.Gemma2Config(**SMALL, sliding_window=6, final_logit_softcapping=0.7,
+                                        query_pre_attn_scalar=8),
     "gemma3": transformers.Gemma3TextConfig(**SMALL, sliding_window=6, query_pre_attn_scalar=8),
     "gpt2": transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1,
                                     eos_token_id=2),
-    "gpt_neox": transformers.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}),
+    "gpt_neox": transformers.GPTNeoXConfig(**WITHOUT_GROUPS),
     "cohere": transformers.CohereConfig(**SMALL, logit_scale=0.3),
     "granite": transformers.GraniteConfig(**SMALL, logits_scaling=3.0),
 }
@@ -65,7 +68,8 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 def byte_level(**kwargs) -> PreTrainedTokenizerFast:
     """As GPT-2: bytes and a few merges; no pad, and no BOS but EOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: i for i, piece in enumerate(alphabet + ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "he", "ab"])}
+    pieces = alphabet + ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "he", "ab"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("h", "e"), ("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
