@@ -1,5 +1,6 @@
 """The losses exactly, TRL's numbers, scores that do not depend on padding or batching, and the script as it is run."""
 
+import copy
 import itertools
 import json
 import math
@@ -134,7 +135,7 @@ ROWS = [([1, 5, 7, 9, 2], [0, 0, 1, 1, 1]), ([1, 8, 2], [0, 0, 1]), ([1, 5, 5, 2
 def test_scores_do_not_depend_on_padding_or_batches(name):
     """Alone, in a batch, with more padding, and filled with EOS: the same; and the stock head's, padded on either side."""
     torch.manual_seed(0)
-    model = CLASSIFIER.from_config(ARCHITECTURES[name]).eval()
+    model = CLASSIFIER.from_config(copy.deepcopy(ARCHITECTURES[name])).eval()
     tokenizer = type("", (), dict(eos_token_id=2, pad_token_id=3))()
     add_head(model, tokenizer)
     assert model.score.weight.std().item() == pytest.approx(33**-0.5, rel=0.5) and model.score.weight.shape == (1, 32)
@@ -176,8 +177,8 @@ def test_without_a_pad_of_its_own_a_model_gets_one(pad, tmp_path):
 
 def test_centring_after_a_layer_norm_is_an_exact_shift():
     torch.manual_seed(0)
-    model = CLASSIFIER.from_config(ARCHITECTURES["gpt2"]).eval()
-    torch.nn.init.normal_(model.transformer.ln_f.bias)
+    model = CLASSIFIER.from_config(copy.deepcopy(ARCHITECTURES["gpt2"])).eval()
+    torch.nn.init.uniform_(model.transformer.ln_f.bias)
     torch.nn.init.uniform_(model.transformer.ln_f.weight, 0.5, 1.5)
     model.saved_dtype = torch.float32
     add_head(model, type("", (), dict(eos_token_id=2, pad_token_id=3))())

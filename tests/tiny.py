@@ -1,5 +1,7 @@
 """Random models of each architecture, small enough to test everything exactly, and tokenizers with each known quirk."""
 
+import copy
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -27,7 +29,7 @@ ARCHITECTURES = {
 
 def model_of(name: str):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name])).eval()
     for parameter in model.parameters():  # far from uniform, so that a wrong position or scale shows
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
