@@ -1,4 +1,4 @@
-"""PPO's pure functions against other people's numbers, PPO against the optimum that it aims at, and ppo_rlhf.py as its users run it."""
+"""PPO's functions against TRL's numbers, PPO against the optimum that it aims at, and ppo_rlhf.py as its users run it."""
 
 import copy
 import itertools
@@ -146,7 +146,8 @@ def test_what_lies_outside_the_mask_is_never_read():
         torch.testing.assert_close(alone[0], advantages[i, row], rtol=0, atol=1e-6)
     scores = torch.randn(6)
     assert kl_rewards(scores, rewards + garbage, values, mask, 0.1).isfinite().all()
-    close(policy_loss(rewards + 50 * (1 - mask), values, advantages, mask, 0.2), policy_loss(rewards, values, advantages, mask, 0.2))
+    losses = [policy_loss(rewards + outside * (1 - mask), values, advantages, mask, 0.2) for outside in (0, 50)]
+    close(*losses)
 
 
 def test_losses_by_hand():
@@ -166,7 +167,7 @@ def test_adaptive_beta():
     assert ppo_rlhf.adapted_beta(0.5, 0.0, 6.0) == pytest.approx(0.5 * 0.98)
 
 
-# ------------------------------------------------------------------------------------------- traps: every pass sees the same policy
+# ----------------------------------------------------------------------------------- traps: every pass sees the same policy
 
 
 def own_logps(model, rows, temperature):
@@ -223,7 +224,7 @@ def test_every_pass_gives_the_log_probs_and_values_of_the_row_alone(world):
 
 
 def first_mini_batch(world):
-    """-> (rows, log-probabilities in the update, the old ones, ratio, clip fraction) of the first mini-batch of a step."""
+    """-> what is logged of the first mini-batch of a step."""
     model, reference, critic, rollout = world
     plan = update_plan(rollout, ARGS)
     old = before_the_update(model, reference, critic, rollout, plan, ARGS)
@@ -275,7 +276,8 @@ def test_micro_batches_do_not_change_the_gradient(size, world):
     for micro in (16, size):
         args = ppo_rlhf.Args(temperature=0.7, mini_batches=1, ppo_epochs=1, micro_batch_size=micro)
         stats = add_gradients(model, critic, rollout, old_logps, old[2], advantages, returns, update_plan(rollout, args)[0], args)
-        results.append((stats, torch.cat([p.grad.flatten() for n in (model, critic) for p in n.parameters() if p.grad is not None])))
+        gradients = [p.grad.flatten() for n in (model, critic) for p in n.parameters() if p.grad is not None]
+        results.append((stats, torch.cat(gradients)))
         model.zero_grad(), critic.zero_grad()
     (one, gradient), (other, others) = results
     assert 0 < one["clip_fraction"] < 1 and one == pytest.approx(other, abs=1e-5)
@@ -317,8 +319,8 @@ def test_where_pad_is_eos_the_reward_is_read_at_eos(tmp_path):
 
 # ----------------------------------------------------------------------------------- exact: every sequence of a small language
 #
-# As in test_dpo.py: two prompts (tokens 3 and 4), three tokens, every sequence up to three of them, and tables, which are complete
-# policies and critics. Sampling is exact; the rest of a step is the script's.
+# As in test_dpo.py: two prompts (tokens 3 and 4), three tokens, every sequence up to three of them, and tables, which are
+# complete policies and critics. Sampling is exact; the rest of a step is the script's.
 
 SEQUENCES = [s for n in (1, 2, 3) for s in itertools.product(range(3), repeat=n)
              if 0 not in s[:-1] and (s[-1] == 0 or n == 3)]
@@ -439,8 +441,8 @@ def test_run_directory(finished):
         assert row["objective"] == pytest.approx(row["proxy_reward"] - (1 - row["ended"]) - row["beta"] * row["kl"], abs=1e-4)
         assert {"reward", "entropy", "clip_fraction", "update_kl", "explained_variance", "value_clip_fraction"} <= set(row)
     results = json.loads((finished / "results.json").read_text())
-    assert set(results) >= {"proxy_reward", "proxy_reward_ref", "reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se",
-                            "win_rate", "win_rate_se", "ended", "seconds"}
+    assert set(results) >= {"proxy_reward", "proxy_reward_ref", "reward_ref", "reward_ref_sd", "reward", "reward_se", "kl",
+                            "kl_se", "win_rate", "win_rate_se", "ended", "seconds"}
     assert all(isinstance(value, (int, float)) for value in results.values())
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {0, 2, 4, 6} and all("reward" in s for s in samples)
