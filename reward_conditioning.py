@@ -66,8 +66,9 @@ class Args:
     reward_fn: str | None = None
     """FILE.py:function: quark's reward, or, beside --reward-model, only the judge in evaluations; default on the embedded
     data: assets/rewards.py:sentiment"""
-    prefix: str = "[{label}] "
-    """what stands in front of the prompt; {label} becomes 1 ... K, or bad and good"""
+    prefix: str = 12 * " {label}"
+    """what stands in front of the prompt; {label} becomes 1 ... K, or bad and good. A model as small as the embedded one
+    finds a label sooner that is written many times; for real ones once is enough"""
     output_dir: str = "runs/reward_conditioning"
     """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
     beta: float = 0.05
@@ -80,9 +81,9 @@ class Args:
     """of quark: prompts that an exploration answers"""
     samples: int = 2
     """of quark: answers to each of them"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """peak, after 10% warm-up; then linear decay to 0"""
-    batch_size: int = 64
+    batch_size: int = 32
     """answers an update"""
     micro_batch_size: int | None = None
     """answers a forward pass; default: as many as fit into 4,096 padded tokens"""
