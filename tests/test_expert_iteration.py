@@ -100,7 +100,7 @@ def test_run_directory(finished):
     assert transformers.AutoModelForCausalLM.from_pretrained(directory).dtype == torch.bfloat16  # as tiny-sft came
 
 
-@pytest.mark.parametrize("wait_for", [2, 7, 10])  # lines of metrics.jsonl: before any checkpoint, between two rounds, at the end
+@pytest.mark.parametrize("wait_for", [2, 7])  # lines of metrics.jsonl: before any checkpoint, between two rounds
 def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
     process = start("expert_iteration", *QUICK, "--output-dir", tmp_path)
     metrics = tmp_path / "metrics.jsonl"

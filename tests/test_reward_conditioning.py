@@ -144,17 +144,18 @@ def test_run_directory(method, steps, finished):
 
 @pytest.mark.parametrize("method, label", [("quark", "5"), ("binary", "good")])
 def test_the_saved_model_asks_for_the_best(method, label, finished, tmp_path):
+    import best_of_n
+    import evaluate
     tokenizer, plain = load_tokenizer(str(finished / method)), load_tokenizer(str(ROOT / "assets" / "tiny-sft"))
     prefix = Args().prefix.replace("{label}", label)
     assert encode_prompt(tokenizer, "Review of") == encode_prompt(plain, prefix + "Review of")
-    for script, flags in (("evaluate", ["--models"]), ("best_of_n", ["--n", "2", "--model"])):
-        status, _, errors = run(script, *flags, finished / method, "--split", "train[:4]", "--max-new-tokens", "8", "--output-dir",
-                                tmp_path / script)
-        assert status == 0, errors
+    quick = {"split": "train[:4]", "max_new_tokens": 8}
+    evaluate.main(evaluate.Args(models=[str(finished / method)], output_dir=str(tmp_path / "evaluate"), **quick))
     assert json.loads((tmp_path / "evaluate" / "results.json").read_text())["policies"][method]["kl"] != 0
+    best_of_n.main(best_of_n.Args(model=str(finished / method), n=2, output_dir=str(tmp_path / "best_of_n"), **quick))
 
 
-@pytest.mark.parametrize("method, wait_for", [("quark", 2), ("quark", 7), ("quark", 10), ("binary", 3)])
+@pytest.mark.parametrize("method, wait_for", [("quark", 7), ("binary", 3)])
 def test_killed_and_resumed_equals_uninterrupted(method, wait_for, finished, tmp_path):
     flags = [*QUICK, "--method", method, "--output-dir", tmp_path]
     process = start("reward_conditioning", *flags)
