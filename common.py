@@ -664,7 +664,8 @@ def prompts_that_fit(rows, tokenizer, max_new_tokens: int, max_length: int) -> l
 
 
 @torch.no_grad()
-def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, step: int, prefix="") -> tuple[dict, list[dict]]:
+def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, step: int,
+                    prefix="") -> tuple[dict, list[dict]]:
     """One fresh sample for each row's prompt -> (metrics, samples): KL(pi || pi_ref) in nats a completion and, where
     there is a reward, its mean and the win rate against the reference's samples (None: these are the reference's).
     With a prefix in front of the policy's prompts the KL is that of pi(. | prefix, x) to pi_ref(. | x)."""

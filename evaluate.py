@@ -10,9 +10,10 @@ the ratings r maximise
 
     sum_n  mu_n log p_ij + (1 - mu_n) log p_ji,      Elo = 1000 + (400 / ln 10) r,  mean of r 0                     (3)
 
-which is what bt_bandit.py does, in a few lines for a few players. The intervals are for another draw of prompts: battles
-on one prompt share answers, so scores are added up by prompt before they enter the sandwich (Liang & Zeger 1986). The
-command that this script prints at its end fits the same battles.jsonl as independent ones, and gives the same ratings.
+which is what bt_bandit.py does, in a few lines for a few players. The intervals are for another draw of prompts:
+battles on one prompt share answers, so scores are added up by prompt before they enter the sandwich (Liang & Zeger
+1986). The command that this script prints at its end fits the same battles.jsonl, as independent ones: the ratings are
+the same, the intervals are not.
 
     python evaluate.py                                                   # tiny-base against tiny-sft
     python evaluate.py --models runs/dpo runs/ppo_rlhf runs/grpo --names DPO PPO GRPO --reward-model assets/tiny-rm
@@ -35,10 +36,10 @@ from typing import Literal
 
 import torch
 
-from common import (ASSETS, Run, UserError, as_answer, column, encode_continuation, encode_prompt, generate, load_function,
-                    load_model, load_rows, load_tokenizer, make_row, max_row_length, mean_and_se, optimal_gain, print_table,
-                    progress_bar, prompts_that_fit, reward_from_function, reward_from_model, run_script,
-                    sequence_logprobs, write_atomically)
+from common import (ASSETS, Run, UserError, as_answer, column, encode_continuation, encode_prompt, generate,
+                    load_function, load_model, load_rows, load_tokenizer, make_row, max_row_length, mean_and_se,
+                    optimal_gain, print_table, progress_bar, prompts_that_fit, reward_from_function, reward_from_model,
+                    run_script, sequence_logprobs, write_atomically)
 
 
 @dataclass
@@ -103,19 +104,20 @@ def read_answers(path: str, rows: list[dict]) -> list[str]:
     for number, row in enumerate(load_rows(path), 1):
         try:
             completion = column(row, "completion")
-            answers[str(column(row, "prompt"))] = completion if isinstance(completion, str) else completion[-1]["content"]
+            completion = completion if isinstance(completion, str) else completion[-1]["content"]
+            answers[str(column(row, "prompt"))] = completion
         except UserError as error:
             raise UserError(f"{path}, row {number}: {error}")
     for row in rows:
         if str(row["prompt"]) not in answers:
-            raise UserError(f"--models {path}: no answer to the prompt {str(row['prompt'])[:80]!r}: write one, or leave the "
-                            "prompt out of --dataset")
+            raise UserError(f"--models {path}: no answer to the prompt {str(row['prompt'])[:80]!r}: write one, or "
+                            "leave it out of --dataset")
     return [answers[str(row["prompt"])] for row in rows]
 
 
-def sample_policy(name: str, rows, reference, ref_tokenizer, args: Args, seed: int) -> tuple[list[dict], list[float] | None]:
-    """-> samples, one a prompt, and their log pi(y | x) - log pi_ref(y | x), None where that is not known: a policy that
-    is a file, or one whose tokens are not the reference's."""
+def sample_policy(name: str, rows, reference, ref_tokenizer, args: Args, seed: int):
+    """-> samples, one a prompt, and their log pi(y | x) - log pi_ref(y | x), None where that is not known: of a policy
+    that is a file, or one whose tokens are not the reference's."""
     prompts = [row["prompt"] for row in rows]
     if name.endswith(".jsonl"):
         return [{"prompt": p, "completion": c} for p, c in zip(prompts, read_answers(name, rows))], None
@@ -123,10 +125,12 @@ def sample_policy(name: str, rows, reference, ref_tokenizer, args: Args, seed: i
     model = load_model(name, args.device, args.dtype)
     torch.manual_seed(seed)
     rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, args.temperature)
-    samples = [{"prompt": p, "completion": c, "ended": e} for p, c, e in zip(prompts, rollout.completions, rollout.ended.tolist())]
+    samples = [{"prompt": p, "completion": c, "ended": e}
+               for p, c, e in zip(prompts, rollout.completions, rollout.ended.tolist())]
     if tokenizer.get_vocab() != ref_tokenizer.get_vocab():
         return samples, None
-    ref_rows = [make_row(encode_prompt(ref_tokenizer, p), ids[mask.index(1):]) for p, (ids, mask) in zip(prompts, rollout.rows)]
+    ref_rows = [make_row(encode_prompt(ref_tokenizer, p), ids[mask.index(1):])
+                for p, (ids, mask) in zip(prompts, rollout.rows)]
     log_ratios = (sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
                   - sequence_logprobs(reference, ref_rows, args.micro_batch_size, args.temperature))
     return samples, log_ratios.tolist()
@@ -147,47 +151,49 @@ def outcomes_by_reward(rewards_a: torch.Tensor, rewards_b: torch.Tensor) -> torc
 
 
 def outcomes_by_judge(spec: str, function, rows, completions_a, completions_b) -> torch.Tensor:
-    """mu of (1) by a Python function of pairs. Every other pair is shown the other way round: many judges like one side."""
+    """mu of (1) by a Python function of pairs. Every other pair is turned round: many judges like one side."""
     turned = [n % 2 == 1 for n in range(len(rows))]
     prompts = [row["prompt"] for row in rows]
     sides = [(b, a) if turn else (a, b) for a, b, turn in zip(completions_a, completions_b, turned)]
     a, b = ([as_answer(p, pair[side]) for p, pair in zip(prompts, sides)] for side in (0, 1))
     columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
     try:
-        outcomes = [float(outcome) for outcome in function(prompts=prompts, completions_a=a, completions_b=b, **columns)]
+        outcomes = [float(mu) for mu in function(prompts=prompts, completions_a=a, completions_b=b, **columns)]
     except Exception as error:  # a judge raises what it likes
         raise UserError(f"--judge-fn {spec} raised {type(error).__name__}: {error}: mend the function")
     if len(outcomes) != len(rows):
-        raise UserError(f"--judge-fn {spec} returned {len(outcomes)} outcomes for {len(rows)} pairs: return one for each")
-    for n, outcome in enumerate(outcomes):
-        if outcome not in (0.0, 0.5, 1.0):
-            raise UserError(f"--judge-fn {spec} returned {outcome} for prompt {str(prompts[n])[:80]!r}: return 1 where a is "
+        raise UserError(f"--judge-fn {spec} returned {len(outcomes)} outcomes for {len(rows)} pairs: return one each")
+    for prompt, mu in zip(prompts, outcomes):
+        if mu not in (0.0, 0.5, 1.0):
+            raise UserError(f"--judge-fn {spec} returned {mu} for prompt {str(prompt)[:80]!r}: return 1 where a is "
                             "better, 0 where b is, 0.5 where neither")
-    return torch.tensor([1 - outcome if turn else outcome for outcome, turn in zip(outcomes, turned)], dtype=torch.float64)
+    return torch.tensor([1 - mu if turn else mu for mu, turn in zip(outcomes, turned)], dtype=torch.float64)
 
 
 def fit_elo(i, j, mu, prompt, num_players: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Equation (3): players i, j [N], outcomes mu [N], prompts [N] -> rewards r [K] with mean 0, nats, and their covariance
-    [K, K], robust to battles on one prompt being alike. None where no finite maximum exists: unless each player can be
-    reached from each other along edges winner -> loser, a tie being one both ways (Ford 1957)."""
-    X = torch.eye(num_players, dtype=torch.float64)[i] - torch.eye(num_players, dtype=torch.float64)[j]  # [N, K]
+    """Equation (3): players i, j [N], outcomes mu [N], prompts [N] -> rewards r [K] with mean 0, nats, and their
+    covariance [K, K], robust to battles on one prompt being alike. None where no finite maximum exists: unless each
+    player can be reached from each other along edges winner -> loser, a tie being one both ways (Ford 1957)."""
+    one_hot = torch.eye(num_players, dtype=torch.float64)
+    X = one_hot[i] - one_hot[j]  # [N, K]
     beats = torch.zeros(num_players, num_players, dtype=torch.bool)
     beats[i[mu > 0], j[mu > 0]] = True
     beats[j[mu < 1], i[mu < 1]] = True
     for k in range(num_players):  # Warshall
         beats |= beats[:, k:k + 1] & beats[k]
-    if not (beats | torch.eye(num_players, dtype=torch.bool)).all():
+    if not (beats | one_hot.bool()).all():
         return None
     rewards = torch.zeros(num_players, dtype=torch.float64)
     for _ in range(200):
         p = torch.sigmoid(X @ rewards)
-        hessian = X.T @ (X * (p * (1 - p))[:, None]) + 1 / num_players  # the last term fixes the sum, which X does not see
+        hessian = X.T @ (X * (p * (1 - p))[:, None]) + 1 / num_players  # the last term fixes the sum, unseen by X
         step = torch.linalg.solve(hessian, X.T @ (mu - p))
         step = step / max(1.0, step.abs().max())  # a longer one may overshoot
         rewards = rewards + step
         if step.abs().max() < 1e-11:
             break
-    scores = torch.zeros(int(prompt.max()) + 1, num_players, dtype=torch.float64).index_add(0, prompt, X * (mu - p)[:, None])
+    scores = torch.zeros(int(prompt.max()) + 1, num_players, dtype=torch.float64)
+    scores = scores.index_add(0, prompt, X * (mu - p)[:, None])  # [prompts, K]
     inverse = torch.linalg.inv(hessian) - 1 / num_players
     return rewards, inverse @ (scores.T @ scores) @ inverse
 
@@ -195,12 +201,12 @@ def fit_elo(i, j, mu, prompt, num_players: int) -> tuple[torch.Tensor, torch.Ten
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def measure(name: str, samples: list[dict], log_ratios, ref_samples, rows, proxy, ref_tokenizer, args: Args) -> dict:
+def measure(samples: list[dict], log_ratios, ref_samples, rows, proxy, ref_tokenizer, args: Args) -> dict:
     """What one policy's samples say, but for what needs pairs. Samples get their `reward`."""
     texts = [sample["completion"] for sample in samples]
     inputs = [row["prompt"] for row in rows], texts, rows
     lengths = torch.tensor([len(encode_continuation(ref_tokenizer, text)) for text in texts])
-    metrics = {"length": lengths.double().mean().item(), "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2)}
+    metrics = {"length": lengths.double().mean().item()} | {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
     if "ended" in samples[0]:
         metrics["ended"] = sum(sample["ended"] for sample in samples) / len(samples)
     if log_ratios is not None:
@@ -257,18 +263,20 @@ def finish(run, names: list[str], memory: dict, rows, args: Args) -> None:
             metrics[name] |= {"elo": middle, "elo_low": middle - half, "elo_high": middle + half}
     run.write_results(policies=metrics, prompts=len(rows), battles=len(lines))
 
-    def cell(m, key, form=".2f"):
-        return "-" if key not in m else f"{m[key]:{form}}" + (f" ± {m[key + '_se']:{form}}" if key + "_se" in m else "")
-
     print(f"\n{len(rows)} held-out prompts, one sample each; reference: {names[0]}")
-    columns = ["reward", "proxy_reward", "kl", "win_rate", "elo", "share_of_optimum", "length", "ended", "distinct_1", "distinct_2"]
-    columns = [key for key in columns if any(key in m for m in metrics.values())]
-    form = {"win_rate": ".1%", "share_of_optimum": ".1%", "ended": ".1%", "elo": ".0f", "length": ".1f", "distinct_1": ".3f", "distinct_2": ".3f"}
-    table = [["policy", *(key.replace("_", " ") for key in columns)]]
+    form = {"reward": ".2f", "proxy_reward": ".2f", "kl": ".2f", "win_rate": ".1%", "elo": ".0f",
+            "share_of_optimum": ".1%", "length": ".1f", "ended": ".1%", "distinct_1": ".3f", "distinct_2": ".3f"}
+    form = {key: value for key, value in form.items() if any(key in m for m in metrics.values())}
+
+    def cell(m, key):
+        se = f" ± {m[key + '_se']:{form[key]}}" if key + "_se" in m else ""
+        return f"{m[key]:{form[key]}}{se}" if key in m else "-"
+
+    table = [["policy", *(key.replace("_", " ") for key in form)]]
     for name in sorted(names, key=lambda name: -metrics[name].get("elo", metrics[name]["win_rate"])):
         m = metrics[name]
         interval = f" [{m['elo_low']:.0f} {m['elo_high']:.0f}]" if "elo" in m else ""
-        table.append([name, *(cell(m, key, form.get(key, ".2f")) + interval * (key == "elo") for key in columns)])
+        table.append([name, *(cell(m, key) + interval * (key == "elo") for key in form)])
     print_table(table)
     if not elo:
         print("no Elo: some policies won all battles against the others, so no finite ratings fit")
@@ -301,7 +309,8 @@ def main(args: Args) -> None:
     for step in bar:
         source = [args.reference, *args.models][step]
         samples, log_ratios = sample_policy(source, rows, reference, ref_tokenizer, args, args.seed + 1000 * step)
-        metrics = measure(source, samples, log_ratios, memory["samples"].get(names[0]), rows, proxy, ref_tokenizer, args)
+        ref_samples = memory["samples"].get(names[0])
+        metrics = measure(samples, log_ratios, ref_samples, rows, proxy, ref_tokenizer, args)
         memory["samples"][names[step]], memory["metrics"][names[step]] = samples, metrics
         run.log(step, policy=names[step], **metrics)
         run.write("samples", *({"policy": names[step], **sample} for sample in samples))

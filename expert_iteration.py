@@ -3,11 +3,11 @@
     repeat R times:    for each prompt x of the round:  y_1 ... y_n ~ pi(. | x),    y+ = argmax_i r(x, y_i)          (1)
                        pi <- argmin over pi of the loss of sft.py on the kept pairs (x, y+), from where pi is        (2)
 
-The expert is the policy with a choice, the apprentice the policy alone (Anthony et al. 2017); STaR (Zelikman et al. 2022)
-does it with a check for a reward, AlpacaFarm (Dubois et al. 2023) once, with a reward model. What (1) draws from is the
-law of best of n, best_of_n.py's equation (1), and (2) is at best that law: after a round the policy has the reward of
-best of n without its n samples, and the next starts from there. Nothing holds the policy to the reference but small n
-and few rounds; for the first KL <= log n - (n - 1) / n would hold if (2) reached its law.
+The expert is the policy with a choice, the apprentice the policy alone (Anthony et al. 2017); STaR (Zelikman et al.
+2022) does it with a check for a reward, AlpacaFarm (Dubois et al. 2023) once, with a reward model. What (1) draws from
+is the law of best of n, best_of_n.py's equation (1), and (2) reaches at best that law: after a round the policy has the
+reward of best of n without its n samples, and the next starts from there. Nothing holds the policy to the reference but
+small n and few rounds.
 
     python expert_iteration.py                                       # chosen by tiny-rm, judged by the truth
     python expert_iteration.py --n 4 --rounds 1                      # AlpacaFarm's, and closer to the reference
@@ -16,8 +16,8 @@ and few rounds; for the first KL <= log n - (n - 1) / n would hold if (2) reache
         --reward-model runs/reward_model --learning-rate 1e-5 --max-new-tokens 300
 
 Deviations: each round has prompts of its own, where STaR goes through all of them; the policy goes on from where it is,
-where STaR starts each time from the base model; answers that all score alike teach nothing, and are left out (STaR: those
-that fail the check); the optimizer's moments and the learning rate's decay go on through all rounds.
+where STaR starts each time from the base model; a prompt whose answers all score alike teaches nothing, and is left out
+(STaR: answers that fail the check); the optimizer's moments and the learning rate's decay go on through all rounds.
 
 Data: prompts in `--prompt-column` (texts or lists of messages); every column reaches the reward function by its name.
 """
@@ -28,9 +28,9 @@ from typing import Literal
 
 import torch
 
-from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_prompt, evaluate_policy, generate, hold_out,
-                    learning_rate_at, load_model, load_rows, load_tokenizer, make_row, max_row_length, micro_batches,
-                    pad_rows, print_table, progress_bar, prompts_that_fit, report, reward_from_function,
+from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_prompt, evaluate_policy, generate,
+                    hold_out, learning_rate_at, load_model, load_rows, load_tokenizer, make_row, max_row_length,
+                    micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit, report, reward_from_function,
                     reward_from_model, run_script, save_model, token_logprobs)
 
 
@@ -102,8 +102,8 @@ class Args:
 
 
 def keep_best(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equation (1): rewards [P, n] -> which answer is the best [P], and whether it is better than any other [P]. Of equal
-    ones the first: samples come in no order."""
+    """Equation (1): rewards [P, n] -> which answer is the best [P], and whether it is better than any other [P]. Of
+    equal ones the first: samples come in no order."""
     return rewards.argmax(1), rewards.amax(1) > rewards.amin(1)
 
 
@@ -125,8 +125,8 @@ def expert_round(model, tokenizer, rows, proxy, args: Args) -> tuple[list, dict]
     best, better = keep_best(rewards)
     kept = [rollout.rows[i * args.n + best[i]] for i in better.nonzero().flatten().tolist()]
     if not kept:
-        raise UserError(f"all {args.n} answers to each prompt score alike: nothing to choose from: raise --n, or use a finer "
-                        "reward")
+        raise UserError(f"all {args.n} answers to each prompt score alike: nothing to choose from: raise --n, or use a "
+                        "finer reward")
     seconds = time.perf_counter() - began
     return kept, {"round_reward": rewards.mean().item(), "kept_reward": rewards.amax(1).mean().item(),
                   "kept": len(kept) / len(rows), "round_ended": rollout.ended.float().mean().item(),
@@ -162,10 +162,10 @@ def main(args: Args) -> None:
     eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
     eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
     rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
-    chosen = batches(len(rows), min(args.prompts_per_round, len(rows)), 1, args.rounds, args.seed)  # prompts of each round
+    chosen = batches(len(rows), min(args.prompts_per_round, len(rows)), 1, args.rounds, args.seed)  # for each round
     steps = len(batches(len(chosen[0]), args.batch_size, args.epochs, args.max_steps, 0))  # of each round
-    print(f"{len(rows)} prompts, {len(eval_rows)} held out; {args.rounds} rounds of {len(chosen[0])} prompts x {args.n} "
-          f"answers, {steps} updates of {args.batch_size} each", flush=True)
+    print(f"{len(rows)} prompts, {len(eval_rows)} held out; {args.rounds} rounds of {len(chosen[0])} prompts x "
+          f"{args.n} answers, {steps} updates of {args.batch_size} each", flush=True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     done, memory = run.start(model, optimizer)
@@ -223,8 +223,9 @@ def main(args: Args) -> None:
     report(run, evaluation | {"proxy_reward_ref": memory["rounds"][0]["proxy_reward"]}, samples, memory["reference"])
     print()
     print_table([["round", "proxy reward", "reward", "KL, nats", "win rate"]] +
-                [[m["round"], m["proxy_reward"], f"{m['reward']:.2f} ± {m['reward_se']:.2f}", f"{m['kl']:.2f} ± {m['kl_se']:.2f}",
-                  f"{m['win_rate']:.1%} ± {m['win_rate_se']:.1%}"] for m in [*memory["rounds"], evaluation]])
+                [[m["round"], m["proxy_reward"], *(f"{m[name]:{form}} ± {m[name + '_se']:{form}}" for name, form in
+                                                   (("reward", ".2f"), ("kl", ".2f"), ("win_rate", ".1%")))]
+                 for m in [*memory["rounds"], evaluation]])
 
 
 if __name__ == "__main__":

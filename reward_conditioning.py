@@ -1,31 +1,32 @@
 """Reward conditioning: learn from good and bad answers alike, told which is which, and ask for good ones.
 
-A label k says how good an answer is, and stands in front of its prompt as text: `[good] Review of ...`. The policy
-learns the likelihood of every answer given its label, and is sampled given the best one. Two kinds:
+A label k says how good an answer is, and stands as text in front of its prompt. The policy learns the likelihood of
+every answer given its label, and is sampled given the best one: as CTRL (Keskar et al. 2019) and the decision
+transformer (Chen et al. 2021). Two kinds:
 
-    --method binary    comparisons: label good for the chosen answer, bad for the rejected one. One supervised pass, as
-                       AlpacaFarm's binary reward conditioning (Dubois et al. 2023); the idea is CTRL's (Keskar et al.
-                       2019) and the decision transformer's (Chen et al. 2021)
-    --method quark     Quark (Lu et al. 2022): repeat { explore: sample the policy given the best label, score, add to the
-                       pool; quantise: sort the pool by reward into K equal parts, labels 1 ... K; learn from all parts }
+    --method binary    comparisons: label 2 for the chosen answer, 1 for the rejected one. Supervised learning, as in
+                       AlpacaFarm's binary reward conditioning (Dubois et al. 2023)
+    --method quark     Quark (Lu et al. 2022), in rounds. Explore: sample the policy given the best label (at first the
+                       reference), score, add to the pool. Quantise: cut the pool, sorted by reward, into K equal
+                       parts, labels 1 ... K. Learn from all parts
 
-    L(theta) = E_{k, (x, y) in part k} [ sum_t  - log pi_theta(y_t | k, x, y_<t)
-                                                + beta KL( pi_ref(. | x, y_<t) || pi_theta(. | k, x, y_<t) ) ]        (1)
+    L(theta) = E_{k, (x, y) of label k} [ sum_t  - log pi_theta(y_t | k, x, y_<t)
+                                                 + beta KL( pi_ref(. | x, y_<t) || pi_theta(. | k, x, y_<t) ) ]      (1)
 
-which is Quark's equation (2), as a mean over tokens; the KL is exact, over the vocabulary. The first exploration samples
-the reference. What is reported as `kl` is the other direction, of the policy that is used: KL(pi(. | best, x) || pi_ref(. | x)).
+which is Quark's objective, as a mean over tokens; the KL is exact, over the vocabulary. What is reported as `kl` is of
+the policy as it is used, and in the other direction: KL( pi(. | K, x) || pi_ref(. | x) ), sampled.
 
-    python reward_conditioning.py                                        # Quark: rewards by tiny-rm, judged by the truth
-    python reward_conditioning.py --beta 0.5                             # closer to the reference
-    python reward_conditioning.py --method binary                        # good/bad from 4,000 noisy comparisons
+    python reward_conditioning.py                               # Quark: rewards by tiny-rm, judged by the truth
+    python reward_conditioning.py --beta 1                      # closer to the reference
+    python reward_conditioning.py --method binary               # 4,000 noisy comparisons
     python reward_conditioning.py --method binary --model Qwen/Qwen2.5-0.5B-Instruct \\
-        --dataset trl-lib/ultrafeedback_binarized --prefix "Write a {label} answer. " --learning-rate 1e-5
+        --dataset trl-lib/ultrafeedback_binarized --prefix "Quality {label} of 2. " --learning-rate 1e-5 --batch-size 32
 
-Deviations: Quark adds K new tokens, which must never be sampled; here labels are text, so every tokenizer and model stays
-as it is. Its samples of each exploration are of all prompts, here of --prompts-per-round of them; no entropy bonus.
+Deviations: Quark's labels are new tokens, which then must never be sampled; here they are text, and tokenizer and model
+stay as they are. Quark explores with all prompts, here with --prompts-per-round of them; it can add an entropy bonus.
 
-The saved model is used like any other: its tokenizer_config.json holds the best label as `prompt_prefix`, and all scripts
-here put that in front of a prompt (common.encode_prompt). With other software, write it there yourself.
+The saved model is used like any other: its tokenizer_config.json holds the best label as `prompt_prefix`, and all
+scripts here put that in front of a prompt (common.encode_prompt). With other software, write it there yourself.
 
 Data: binary `prompt` + `chosen` + `rejected`; quark prompts in `--prompt-column`, and every column reaches the reward
 function by its name. Texts or lists of messages; a label goes in front of what the user says first.
@@ -38,11 +39,11 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, autocast, batches, column, comparison, encode_all, encode_prompt, encode_row,
-                    evaluate_policy, generate, hold_out, learning_rate_at, load_model, load_rows, load_tokenizer,
-                    logits_of, make_row, max_row_length, micro_batches, own_prefix, pad_rows, print_table, progress_bar,
-                    prompts_that_fit, report, reward_from_function, reward_from_model, run_script, save_model, stop_ids,
-                    with_prefix)
+from common import (ASSETS, Run, UserError, autocast, batches, column, comparison, encode_all, encode_prompt,
+                    encode_row, evaluate_policy, generate, hold_out, learning_rate_at, load_model, load_rows,
+                    load_tokenizer, logits_of, make_row, max_row_length, micro_batches, own_prefix, pad_rows,
+                    print_table, progress_bar, prompts_that_fit, report, reward_from_function, reward_from_model,
+                    run_script, save_model, stop_ids, with_prefix)
 
 
 @dataclass
@@ -61,17 +62,17 @@ class Args:
     eval_dataset: str | None = None
     """held-out prompts; default: the embedded ones, or a tenth of --dataset, at most 500 rows"""
     reward_model: str | None = None
-    """a sequence-classification model with one label: quark's reward; default on the embedded data, where --reward-fn is
-    not given either: assets/tiny-rm"""
+    """a sequence-classification model with one label: quark's reward; default on the embedded data, where --reward-fn
+    is not given either: assets/tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function: quark's reward, or, beside --reward-model, only the judge in evaluations; default on the embedded
-    data: assets/rewards.py:sentiment"""
-    prefix: str = 12 * " {label}"
-    """what stands in front of the prompt; {label} becomes 1 ... K, or bad and good. A model as small as the embedded one
-    finds a label sooner that is written many times; for real ones once is enough"""
+    """FILE.py:function: quark's reward, or, beside --reward-model, only the judge in evaluations; default on the
+    embedded data: assets/rewards.py:sentiment"""
+    prefix: str = 12 * "{label}" + " "
+    """what stands in front of the prompt, {label} the number. The embedded model hardly looks at its prompt, and finds
+    a label only if it is written many times; for a real model write "Quality {label} of 5. " """
     output_dir: str = "runs/reward_conditioning"
     """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
-    beta: float = 0.05
+    beta: float = 0.2
     """KL coefficient: the larger, the closer to the reference; 0: none"""
     quantiles: int = 5
     """K of quark"""
@@ -127,8 +128,8 @@ class Args:
 
 
 def quantile_labels(rewards: torch.Tensor, quantiles: int) -> torch.Tensor:
-    """Rewards [N] -> labels 1 ... K [N], K the best: the sorted pool cut into parts of equal size (to one answer). Of equal
-    rewards at a cut, the earlier answers get the lower label, as a stable sort leaves them."""
+    """Rewards [N] -> labels 1 ... K [N], K the best: the sorted pool cut into parts of equal size (to one answer). Of
+    equal rewards at a cut, the earlier answers get the lower label, as a stable sort leaves them."""
     labels = torch.empty(len(rewards), dtype=torch.long)
     labels[rewards.sort(stable=True).indices] = 1 + torch.arange(len(rewards)) * quantiles // len(rewards)
     return labels
@@ -138,16 +139,16 @@ def labelled(prompt, label, args):
     return with_prefix(prompt, args.prefix.replace("{label}", str(label)))
 
 
-def best_label(args):
-    return args.quantiles if args.method == "quark" else "good"
+def best_label(args) -> int:
+    return args.quantiles if args.method == "quark" else 2
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
 def conditioning_loss(logps: torch.Tensor, ref_logps: torch.Tensor | None, targets: torch.Tensor, beta: float):
-    """Equation (1), summed over tokens: logps, ref_logps [N, V] log-probabilities of all tokens, with and without the label;
-    targets [N] -> (loss, KL(pi_ref || pi_theta)), nats. ref_logps None: beta is 0."""
+    """Equation (1), summed over tokens: logps, ref_logps [N, V] log-probabilities of all tokens, with and without the
+    label; targets [N] -> (loss, KL(pi_ref || pi_theta)), nats. ref_logps None: beta is 0."""
     nll = F.nll_loss(logps, targets, reduction="sum")
     if ref_logps is None:
         return nll, torch.zeros(())
@@ -178,22 +179,21 @@ def load_data(args: Args, model, tokenizer):
     def encode_pair(row):
         row["prompt"], chosen, rejected = comparison(row)
         return [encode_row(tokenizer, prompt, completion, stops)
-                for label, completion in (("good", chosen), ("bad", rejected))
+                for label, completion in ((2, chosen), (1, rejected))
                 for prompt in (labelled(row["prompt"], label, args), row["prompt"])]
 
-    def encode_prompt_only(row):
-        if args.method == "binary" and row.get(args.prompt_column) is None:
-            row["prompt"] = comparison(row)[0]
-        row["prompt"] = column(row, args.prompt_column if row.get(args.prompt_column) is not None else "prompt")
+    def encode(row):
+        implicit = args.method == "binary" and row.get("prompt") is None  # what chosen and rejected share
+        row["prompt"] = comparison(row)[0] if implicit else column(row, args.prompt_column)
         ids = encode_prompt(tokenizer, labelled(row["prompt"], best_label(args), args))
         return [make_row(ids, [0])]  # a token in the place of the completion
 
-    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode_prompt_only, max_length)]
+    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
     eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
     if args.method == "binary":
         encoded = encode_all(rows, args.dataset, encode_pair, max_length)
-        return [answer for _, (*good, bad, plain) in encoded for answer in (tuple(good), (bad, plain))], eval_rows
-    rows = encode_all(rows, args.dataset, encode_prompt_only, max_length - args.max_new_tokens + 1)
+        return [answer for _, rows in encoded for answer in (tuple(rows[:2]), tuple(rows[2:]))], eval_rows
+    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
     return [row for row, _ in rows], eval_rows
 
 
@@ -230,7 +230,8 @@ def check(args: Args) -> None:
     if "{label}" not in args.prefix:
         raise UserError(f"--prefix {args.prefix!r}: must say where the label stands: put {{label}} into it")
     if args.dataset is None:
-        args.dataset = str(ASSETS / "data" / ("review_prompts.jsonl" if args.method == "quark" else "comparisons.jsonl"))
+        name = "review_prompts" if args.method == "quark" else "comparisons"
+        args.dataset = str(ASSETS / "data" / f"{name}.jsonl")
         args.eval_dataset = args.eval_dataset or str(ASSETS / "data" / "review_prompts_heldout.jsonl")
         if not args.reward_fn:
             args.reward_model = args.reward_model or str(ASSETS / "tiny-rm")
@@ -252,14 +253,15 @@ def main(args: Args) -> None:
 
     quark, rounds = args.method == "quark", args.rounds if args.method == "quark" else 1
     if quark:
-        asked = batches(len(data), min(args.prompts_per_round, len(data)), 1, rounds, args.seed)  # prompts of each round
+        asked = batches(len(data), min(args.prompts_per_round, len(data)), 1, rounds, args.seed)  # in each round
         new = len(asked[0]) * args.samples
         steps = args.max_steps or max(1, round(args.epochs * new / args.batch_size))  # of each round
-        print(f"{len(data)} prompts, {len(eval_rows)} held out; {rounds} rounds that add {new} answers to the pool, {steps} "
-              f"updates of {args.batch_size} each", flush=True)
+        print(f"{len(data)} prompts, {len(eval_rows)} held out; {rounds} rounds that add {new} answers to the pool, "
+              f"{steps} updates of {args.batch_size} each", flush=True)
     else:
         steps = args.max_steps or max(1, round(args.epochs * len(data) / args.batch_size))
-        print(f"{len(data)} labelled answers, {len(eval_rows)} held-out prompts; {steps} updates of {args.batch_size}", flush=True)
+        print(f"{len(data)} labelled answers, {len(eval_rows)} held-out prompts; {steps} updates of {args.batch_size}",
+              flush=True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     done, memory = run.start(model, optimizer)
@@ -309,8 +311,9 @@ def main(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        run.log(step + 1, loss=loss, kl_per_token=kl, grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
-                tokens_per_s=sum(len(ids) for (ids, _), _ in batch) / (time.perf_counter() - began))
+        tokens_per_s = sum(len(ids) for (ids, _), _ in batch) / (time.perf_counter() - began)
+        run.log(step + 1, loss=loss, kl_per_token=kl, grad_norm=grad_norm,
+                learning_rate=optimizer.param_groups[0]["lr"], tokens_per_s=tokens_per_s)
         shown["loss"] = f"{loss:.3f}"
         due = turn + 1 == steps if quark else (step + 1) % args.eval_every == 0
         if due and step + 1 < rounds * steps:

@@ -142,7 +142,7 @@ def test_run_directory(method, steps, finished):
     assert all(s["prompt"].startswith("Review of") for s in samples)  # without the label
 
 
-@pytest.mark.parametrize("method, label", [("quark", "5"), ("binary", "good")])
+@pytest.mark.parametrize("method, label", [("quark", "5"), ("binary", "2")])
 def test_the_saved_model_asks_for_the_best(method, label, finished, tmp_path):
     import best_of_n
     import evaluate
