@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -80,8 +80,8 @@ class Args:
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizers' templates"""
-    tensorboard: bool = False
-    """also write TensorBoard events"""
+
+    tensorboard: ClassVar = False  # there is no curve
 
 
 # ------------------------------------------------------------------------------------------------------------- policies
@@ -123,6 +123,10 @@ def sample_policy(name: str, rows, reference, ref_tokenizer, args: Args, seed: i
         return [{"prompt": p, "completion": c} for p, c in zip(prompts, read_answers(name, rows))], None
     tokenizer = load_tokenizer(name, args.chat_template)
     model = load_model(name, args.device, args.dtype)
+    longest, room = max(len(encode_prompt(tokenizer, p)) for p in prompts), max_row_length(model, args.max_length)
+    if longest + args.max_new_tokens > room:
+        raise UserError(f"--models {name}: has room for {room} tokens, the longest prompt takes {longest}: lower "
+                        "--max-new-tokens, or shorten the prompts")
     torch.manual_seed(seed)
     rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, args.temperature)
     samples = [{"prompt": p, "completion": c, "ended": e}
@@ -312,7 +316,7 @@ def main(args: Args) -> None:
         ref_samples = memory["samples"].get(names[0])
         metrics = measure(samples, log_ratios, ref_samples, rows, proxy, ref_tokenizer, args)
         memory["samples"][names[step]], memory["metrics"][names[step]] = samples, metrics
-        run.log(step, policy=names[step], **metrics)
+        run.write("metrics", {"step": step, "policy": names[step], **metrics})
         run.write("samples", *({"policy": names[step], **sample} for sample in samples))
         run.save_checkpoint(step + 1, nothing, nothing, memory)
     finish(run, names, memory, rows, args)

@@ -254,6 +254,7 @@ MISTAKES = {
     "too few judgements": (["--judge-fn", "j.py:judge"], {"j.py": JUDGE + "return [1.0]"}, "1 outcomes"),
     "a judgement of 0.7": (["--judge-fn", "j.py:judge"], {"j.py": JUDGE + "return [0.7] * len(prompts)"}, "0.7"),
     "no room": (["--max-new-tokens", "256"], {}, "--max-new-tokens"),
+    "no room in a policy": (["--max-length", "64", "--models", "longer"], {"longer": None}, "longer"),
 }
 
 
@@ -261,7 +262,13 @@ MISTAKES = {
 def test_mistakes_end_with_status_2_and_one_line(name, tmp_path, monkeypatch, capsys):
     flags, files, what = MISTAKES[name]
     for file, content in files.items():
-        (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+        if content is None:  # a policy whose prefix takes all the room
+            tokenizer = load_tokenizer(str(SFT))
+            tokenizer.init_kwargs["prompt_prefix"] = "long " * 60
+            load_model(str(SFT)).save_pretrained(tmp_path / file)
+            tokenizer.save_pretrained(tmp_path / file)
+        else:
+            (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
     monkeypatch.chdir(tmp_path)
     quick = ["--max-new-tokens", "2"] if "--max-new-tokens" not in flags else []
     split = ["--split", "train[:3]"] if "--split" not in flags else []
