@@ -192,9 +192,15 @@ def load_data(args: Args, model, tokenizer):
     eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
     if args.method == "binary":
         encoded = encode_all(rows, args.dataset, encode_pair, max_length)
-        return [answer for _, rows in encoded for answer in (tuple(rows[:2]), tuple(rows[2:]))], eval_rows
+        return [cut_alike(*both) for _, (*good, bad, same) in encoded for both in (good, (bad, same))], eval_rows
     rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
     return [row for row, _ in rows], eval_rows
+
+
+def cut_alike(with_label, without):
+    """Where --max-length cut the completion behind a label, the same completion without it ends there too."""
+    surplus = sum(without[1]) - sum(with_label[1])
+    return with_label, tuple(values[:len(values) - surplus] for values in without)
 
 
 def explore(model, tokenizer, rows, label, proxy, args: Args) -> tuple[list[dict], dict]:

@@ -172,6 +172,15 @@ def test_killed_and_resumed_equals_uninterrupted(method, wait_for, finished, tmp
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_completions_cut_at_the_end_of_the_window(tmp_path):
+    """The one behind a label is cut earlier; the reference sees the same tokens."""
+    import reward_conditioning
+    args = Args(method="binary", split="train[:40]", max_length=32, max_new_tokens=2, max_steps=2, eval_prompts=4,
+                output_dir=str(tmp_path))
+    reward_conditioning.main(args)
+    assert all(row["kl_per_token"] >= 0 for row in metrics_of(tmp_path) if "kl_per_token" in row)
+
+
 MISTAKES = {
     "one quantile": (["--quantiles", "1"], "", "--quantiles"),
     "no round": (["--rounds", "0"], "", "--rounds"),
