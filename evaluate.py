@@ -188,11 +188,10 @@ def fit_elo(i, j, mu, prompt, num_players: int) -> tuple[torch.Tensor, torch.Ten
     if not (beats | one_hot.bool()).all():
         return None
     rewards = torch.zeros(num_players, dtype=torch.float64)
-    for _ in range(200):
+    for _ in range(200):  # about 6 are needed: at 0 the curvature is largest, and steps from there fall short
         p = torch.sigmoid(X @ rewards)
         hessian = X.T @ (X * (p * (1 - p))[:, None]) + 1 / num_players  # the last term fixes the sum, unseen by X
         step = torch.linalg.solve(hessian, X.T @ (mu - p))
-        step = step / max(1.0, step.abs().max())  # a longer one may overshoot
         rewards = rewards + step
         if step.abs().max() < 1e-11:
             break

@@ -23,13 +23,16 @@ from tiny import byte_level, saved_language
 def languages(tmp_path_factory):
     """A policy that wants "c d" in front of each prompt, and a reference that does not -> directories, exact KL for "a b"."""
     directory = tmp_path_factory.mktemp("languages")
-    answers = saved_language(directory / "reference", 1)
-    saved_language(directory / "policy", 2, prefix="c d ")
+    answers = saved_language(directory / "reference", 1, std=0.6)
+    saved_language(directory / "policy", 2, prefix="c d ", std=0.6)
     rows = {"policy": [0, 4, 5, 2, 3], "reference": [0, 2, 3]}  # <s> c d a b, <s> a b
     logps = [sequence_logprobs(load_model(str(directory / name)), [make_row(ids, answer) for answer in answers]).double()
              for name, ids in rows.items()]
     assert all(abs(x.exp().sum() - 1) < 1e-5 for x in logps)
-    return directory, (logps[0].exp() * (logps[0] - logps[1])).sum().item()
+    exact = (logps[0].exp() * (logps[0] - logps[1])).sum().item()
+    wrong = sequence_logprobs(load_model(str(directory / "reference")), [make_row(rows["policy"], answer) for answer in answers])
+    assert abs((logps[0].exp() * (logps[0] - wrong)).sum() - exact) > 0.2  # to the reference with the prefix
+    return directory, exact
 
 
 def test_the_kl_of_a_policy_with_a_prefix_is_to_the_reference_without(languages):
@@ -90,7 +93,7 @@ def test_elo_is_bt_bandits_fit():
 
 
 def test_elo_from_far_away():
-    """One of three wins 999 of 1,000: the first Newton step from 0 would overshoot."""
+    """999 of 1,000 are won."""
     i, j = torch.tensor([0, 0, 1, 1] * 500), torch.tensor([1, 1, 2, 2] * 500)
     mu = torch.ones(2000, dtype=torch.float64)
     mu[[0, 2]] = 0.0

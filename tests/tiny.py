@@ -74,7 +74,7 @@ def byte_level(**kwargs) -> PreTrainedTokenizerFast:
                                    **{"eos_token": "<|endoftext|>", **kwargs})
 
 
-def saved_language(directory, seed: int, prefix: str = ""):
+def saved_language(directory, seed: int, prefix: str = "", std: float = 0.3):
     """A Llama of six words, "." among them for EOS, in Hugging Face form. Its completions of at most two tokens are listed:
     -> [31 ids], of which each has probability exp(sequence_logprobs)."""
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def saved_language(directory, seed: int, prefix: str = ""):
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1))
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=std)
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, ".": 1, "a": 2, "b": 3, "c": 4, "d": 5}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
