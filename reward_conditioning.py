@@ -72,23 +72,23 @@ class Args:
     a label only if it is written many times; for a real model write "Quality {label} of 5. " """
     output_dir: str = "runs/reward_conditioning"
     """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
-    beta: float = 0.2
-    """KL coefficient: the larger, the closer to the reference; 0: none"""
+    beta: float | None = None
+    """KL coefficient: the larger, the closer to the reference; default: 0.2 for quark, and 0, none, for binary"""
     quantiles: int = 5
     """K of quark"""
-    rounds: int = 6
+    rounds: int = 4
     """of quark: explorations"""
     prompts_per_round: int = 500
     """of quark: prompts that an exploration answers"""
     samples: int = 2
     """of quark: answers to each of them"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """peak, after 10% warm-up; then linear decay to 0"""
     batch_size: int = 32
     """answers an update"""
     micro_batch_size: int | None = None
     """answers a forward pass; default: as many as fit into 4,096 padded tokens"""
-    epochs: float = 1.0
+    epochs: float = 1.5
     """binary: passes over the data; quark: passes over as many answers as a round adds"""
     max_steps: int | None = None
     """number of updates (quark: of a round), whatever --epochs says"""
@@ -233,6 +233,8 @@ def check(args: Args) -> None:
     for name, least in {"quantiles": 2, "rounds": 1, "prompts_per_round": 1, "samples": 1}.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
+    if args.beta is None:
+        args.beta = 0.2 if args.method == "quark" else 0.0
     if "{label}" not in args.prefix:
         raise UserError(f"--prefix {args.prefix!r}: must say where the label stands: put {{label}} into it")
     if args.dataset is None:

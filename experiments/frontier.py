@@ -1,9 +1,9 @@
 """Reward against KL: every method under the curve that no policy can exceed.
 
 The curve is assets/frontier.json: pi* = pi_ref exp(r / beta) / Z for beta from 10 to 0.4, by re-weighting samples of tiny-sft and
-of six policies trained towards it (assets/make.py, optimum() and make_frontier()). The reward is the gold one, for the
-methods that want a reward; DPO has 4,000 noisy comparisons by it instead. Every point is one run of a script on
-one seed, or one round or one n of it, on held-out prompts:
+of six policies trained towards it (assets/make.py, optimum() and make_frontier()). The methods that want a reward have the
+gold one (PPO's critic starts from tiny-rm); DPO has 4,000 noisy comparisons by it instead. Every point is one run of a
+script on one seed, or one round or one n of it, on held-out prompts:
 
     share of the optimum = (reward - reward of tiny-sft) / (what pi* gains at the same KL)
 
@@ -36,7 +36,8 @@ SELDOM = ["--eval-every", 10**6, "--save-every", 25, "--eval-prompts", PROMPTS]
 TO_PI_STAR = ["--no-scale", "--kl-correction", "--ratio", "sequence", "--group-size", 8, "--max-new-tokens", 64,
               "--eval-samples", 1, "--epochs", 2]
 RUNS = {  # method -> {setting: command}
-    "PPO": {f"beta {beta}": ["ppo_rlhf.py", "--reward-fn", GOLD, "--beta", beta, *SELDOM] for beta in (0.5, 0.7, 1.0, 1.5)},
+    "PPO": {f"beta {beta}": ["ppo_rlhf.py", "--reward-fn", GOLD, "--critic-model", ASSETS / "tiny-rm", "--beta", beta, *SELDOM]
+            for beta in (0.5, 0.7, 1.0, 1.5)},
     "GRPO": {f"beta {beta}": ["grpo.py", *REVIEWS, "--reward-fn", GOLD, "--beta", beta, *TO_PI_STAR, *SELDOM]
              for beta in (0.5, 0.7, 1.0)},
     "DPO": {f"beta {beta}": ["dpo.py", "--beta", beta, *SELDOM] for beta in (0.1, 0.3, 1.0, 3.0)},
