@@ -30,6 +30,11 @@ scripts here put that in front of a prompt (common.encode_prompt). With other so
 
 Data: binary `prompt` + `chosen` + `rejected`; quark prompts in `--prompt-column`, and every column reaches the reward
 function by its name. Texts or lists of messages; a label goes in front of what the user says first.
+
+Expect of the first command a policy that wins 86% against the reference, at 2.4 nats. The first round learns nothing:
+the embedded model hardly reads its prompt (of the reviews that name a genre, 14% name the prompt's; 1 in 8 is chance),
+so it has to find out that there is a label. Hence the default of --prefix, the label twelve times: written once, no
+model tried here found it within 400 updates.
 """
 
 import time
@@ -68,28 +73,28 @@ class Args:
     """FILE.py:function: quark's reward, or, beside --reward-model, only the judge in evaluations; default on the
     embedded data: assets/rewards.py:sentiment"""
     prefix: str = 12 * "{label}" + " "
-    """what stands in front of the prompt, {label} the number. The embedded model hardly looks at its prompt, and finds
-    a label only if it is written many times; for a real model write "Quality {label} of 5. " """
+    """what stands in front of the prompt, {label} the number; for a real model write "Quality {label} of 5. " """
     output_dir: str = "runs/reward_conditioning"
     """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
     beta: float | None = None
     """KL coefficient: the larger, the closer to the reference; default: 0.2 for quark, and 0, none, for binary"""
     quantiles: int = 5
     """K of quark"""
-    rounds: int = 4
+    rounds: int = 6
     """of quark: explorations"""
     prompts_per_round: int = 500
     """of quark: prompts that an exploration answers"""
     samples: int = 2
     """of quark: answers to each of them"""
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     """peak, after 10% warm-up; then linear decay to 0"""
     batch_size: int = 32
     """answers an update"""
     micro_batch_size: int | None = None
     """answers a forward pass; default: as many as fit into 4,096 padded tokens"""
-    epochs: float = 1.5
-    """binary: passes over the data; quark: passes over as many answers as a round adds"""
+    epochs: float | None = None
+    """passes over the comparisons' answers, by default 1.5; quark: updates of a round, as passes over as many answers as
+    it adds, by default 1"""
     max_steps: int | None = None
     """number of updates (quark: of a round), whatever --epochs says"""
     max_length: int | None = None
@@ -235,6 +240,8 @@ def check(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
     if args.beta is None:
         args.beta = 0.2 if args.method == "quark" else 0.0
+    if args.epochs is None:
+        args.epochs = 1.0 if args.method == "quark" else 1.5
     if "{label}" not in args.prefix:
         raise UserError(f"--prefix {args.prefix!r}: must say where the label stands: put {{label}} into it")
     if args.dataset is None:

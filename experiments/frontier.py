@@ -45,7 +45,7 @@ RUNS = {  # method -> {setting: command}
     "expert iteration": {f"n {n}": ["expert_iteration.py", "--reward-fn", GOLD, "--n", n, "--eval-prompts", PROMPTS]
                          for n in (2, 8)},
     "Quark": {f"beta {beta}": ["reward_conditioning.py", "--reward-fn", GOLD, "--beta", beta, "--eval-prompts", PROMPTS]
-              for beta in (0.05,)},
+              for beta in (0.2, 1.0)},
 }
 COLORS = {"PPO": "C3", "GRPO": "C1", "DPO": "C0", "best-of-n": "C2", "expert iteration": "C4", "Quark": "C5"}
 
