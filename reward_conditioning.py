@@ -31,10 +31,10 @@ scripts here put that in front of a prompt (common.encode_prompt). With other so
 Data: binary `prompt` + `chosen` + `rejected`; quark prompts in `--prompt-column`, and every column reaches the reward
 function by its name. Texts or lists of messages; a label goes in front of what the user says first.
 
-Expect of the first command a policy that wins 86% against the reference, at 2.4 nats. The first round learns nothing:
+Expect of the first command a policy that wins 86% against the reference, at 2.4 nats. The first round learns little:
 the embedded model hardly reads its prompt (of the reviews that name a genre, 14% name the prompt's; 1 in 8 is chance),
-so it has to find out that there is a label. Hence the default of --prefix, the label twelve times: written once, no
-model tried here found it within 400 updates.
+and has to find out that there is a label. Hence the default of --prefix, the label twelve times: written once, it was
+not found within 400 updates.
 """
 
 import time
