@@ -34,7 +34,7 @@ function by its name. Texts or lists of messages; a label goes in front of what 
 Expect of the first command a policy that wins 86% against the reference, at 2.4 nats. The first round learns little:
 the embedded model hardly reads its prompt (of the reviews that name a genre, 14% name the prompt's; 1 in 8 is chance),
 and has to find out that there is a label. Hence the default of --prefix, the label twelve times: written once, it was
-not found within 400 updates.
+not found within 400 updates. Binary's labels are noisier, and it wins 56% to 62% in its last 75 updates, at 2 nats.
 """
 
 import time
@@ -86,8 +86,8 @@ class Args:
     """of quark: prompts that an exploration answers"""
     samples: int = 2
     """of quark: answers to each of them"""
-    learning_rate: float = 3e-3
-    """peak, after 10% warm-up; then linear decay to 0"""
+    learning_rate: float | None = None
+    """peak, after 10% warm-up; then linear decay to 0. Default: 3e-3 for quark, 4e-3 for binary"""
     batch_size: int = 32
     """answers an update"""
     micro_batch_size: int | None = None
@@ -238,10 +238,11 @@ def check(args: Args) -> None:
     for name, least in {"quantiles": 2, "rounds": 1, "prompts_per_round": 1, "samples": 1}.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
-    if args.beta is None:
-        args.beta = 0.2 if args.method == "quark" else 0.0
-    if args.epochs is None:
-        args.epochs = 1.0 if args.method == "quark" else 1.5
+    defaults = {"quark": {"beta": 0.2, "epochs": 1.0, "learning_rate": 3e-3},
+                "binary": {"beta": 0.0, "epochs": 1.5, "learning_rate": 4e-3}}[args.method]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if "{label}" not in args.prefix:
         raise UserError(f"--prefix {args.prefix!r}: must say where the label stands: put {{label}} into it")
     if args.dataset is None:
