@@ -643,8 +643,8 @@ def reward_from_model(name: str, args):
                 rewards[group] = model.score(hidden[torch.arange(len(group)), last]).squeeze(-1).float().cpu()
         if not rewards.isfinite().all():
             bad = int(rewards.isfinite().long().argmin())
-            raise UserError(f"--reward-model {name}: not a finite score for prompt {str(prompts[bad])[:80]!r}, completion "
-                            f"{str(completions[bad])[:80]!r}: train it with a lower --learning-rate")
+            raise UserError(f"--reward-model {name}: not a finite score for prompt {str(prompts[bad])[:80]!r}, "
+                            f"completion {str(completions[bad])[:80]!r}: train it with a lower --learning-rate")
         return rewards
 
     return reward

@@ -313,8 +313,9 @@ def make_samples() -> None:
 
 
 def optimum(log_ratio, rewards, beta: float):
-    """Samples of a proposal q, log_ratio = log pi_ref / q and rewards [prompts, samples] -> of pi* = pi_ref exp(r / beta) / Z
-    its KL to pi_ref (nats), its reward, and how many samples of its own these are worth, each [prompts]."""
+    """Samples of a proposal q, log_ratio = log pi_ref / q and rewards, each [prompts, samples] -> the KL of
+    pi* = pi_ref exp(r / beta) / Z to pi_ref (nats), its reward, and how many of its own samples these are worth, each
+    [prompts]."""
     log_weights = log_ratio + rewards / beta
     weights = log_weights.softmax(1)
     reward = (weights * rewards).sum(1)

@@ -1,16 +1,16 @@
 """Reward against KL: every method under the curve that no policy can exceed.
 
-The curve is assets/frontier.json: pi* = pi_ref exp(r / beta) / Z for beta from 10 to 0.4, by re-weighting samples of tiny-sft and
-of six policies trained towards it (assets/make.py, optimum() and make_frontier()). The methods that want a reward have the
-gold one (PPO's critic starts from tiny-rm); DPO has 4,000 noisy comparisons by it instead. Every point is one run of a
-script on one seed, or one round or one n of it, on held-out prompts:
+The curve is assets/frontier.json: pi* = pi_ref exp(r / beta) / Z for beta from 10 to 0.4, by re-weighting samples of
+tiny-sft and of six policies trained towards it (assets/make.py, optimum() and make_frontier()). The methods that want a
+reward have the gold one (PPO's critic starts from tiny-rm); DPO has 4,000 noisy comparisons by it instead. Every point
+is one run of a script on one seed, or one round or one n of it, on held-out prompts:
 
     share of the optimum = (reward - reward of tiny-sft) / (what pi* gains at the same KL)
 
 Its standard error is that of both rewards and of the KL, the latter times the curve's slope (the delta method).
 
     pip install -r experiments/requirements.txt
-    python experiments/frontier.py                    # two runs at a time; finished ones are kept, unfinished ones go on
+    python experiments/frontier.py               # two runs at a time; finished ones are kept, unfinished ones go on
     python experiments/frontier.py --seeds 0 --methods DPO best-of-n
 
 Writes experiments/results/frontier.json and .png. A point above the curve by more than its standard error is ringed in
@@ -36,8 +36,8 @@ SELDOM = ["--eval-every", 10**6, "--save-every", 25, "--eval-prompts", PROMPTS]
 TO_PI_STAR = ["--no-scale", "--kl-correction", "--ratio", "sequence", "--group-size", 8, "--max-new-tokens", 64,
               "--eval-samples", 1, "--epochs", 2]
 RUNS = {  # method -> {setting: command}
-    "PPO": {f"beta {beta}": ["ppo_rlhf.py", "--reward-fn", GOLD, "--critic-model", ASSETS / "tiny-rm", "--beta", beta, *SELDOM]
-            for beta in (0.5, 0.7, 1.0, 1.5)},
+    "PPO": {f"beta {beta}": ["ppo_rlhf.py", "--reward-fn", GOLD, "--critic-model", ASSETS / "tiny-rm", "--beta", beta,
+                             *SELDOM] for beta in (0.5, 0.7, 1.0, 1.5)},
     "GRPO": {f"beta {beta}": ["grpo.py", *REVIEWS, "--reward-fn", GOLD, "--beta", beta, *TO_PI_STAR, *SELDOM]
              for beta in (0.5, 0.7, 1.0)},
     "DPO": {f"beta {beta}": ["dpo.py", "--beta", beta, *SELDOM] for beta in (0.1, 0.3, 1.0, 3.0)},
@@ -66,7 +66,7 @@ class Args:
 
 
 def gain_and_slope(curve: list[tuple[float, float]], kl: float) -> tuple[float, float] | None:
-    """(KL, gain) of the curve, from (0, 0) on -> what pi* gains at this KL, and its slope there; None beyond the curve."""
+    """(KL, gain) of the curve, from (0, 0) on -> what pi* gains at this KL, and the slope; None beyond the end."""
     for (kl_0, gain_0), (kl_1, gain_1) in zip(curve, curve[1:]):
         if kl_0 < kl <= kl_1:
             slope = (gain_1 - gain_0) / (kl_1 - kl_0)
@@ -75,7 +75,7 @@ def gain_and_slope(curve: list[tuple[float, float]], kl: float) -> tuple[float, 
 
 
 def judged(point: dict, curve) -> dict:
-    """The point with its share of the optimum, the share's standard error, and whether it is above by more than that."""
+    """Adds the share of the optimum, its standard error, and whether it exceeds 1 by more than that."""
     at = gain_and_slope(curve, point["kl"])
     if at is None:
         return point | {"share_of_optimum": None, "share_se": None, "above": False}
@@ -96,15 +96,17 @@ def points_of(method: str, setting: str, directory: Path, results: dict) -> list
     ref = {"reward_ref": results["reward_ref"], "reward_ref_se": results["reward_ref_sd"] / PROMPTS**0.5}
     if method == "best-of-n":  # its n = 1 is the reference, on the same prompts
         ref = {"reward_ref": results["reward_n1"], "reward_ref_se": results["reward_se_n1"]}
-        return [{"setting": f"n {n}", **{name: results[f"{name}_n{n}"] for name in names}, **ref} for n in (2, 4, 8, 16, 32, 64)]
+        return [{"setting": f"n {n}", **{name: results[f"{name}_n{n}"] for name in names}, **ref}
+                for n in (2, 4, 8, 16, 32, 64)]
     if method in ("expert iteration", "Quark"):
         rounds = [row for row in metrics_of(directory) if "win_rate" in row and row["step"]]
-        return [{"setting": f"{setting}, round {n}", **{name: row[name] for name in names}, **ref} for n, row in enumerate(rounds, 1)]
+        return [{"setting": f"{setting}, round {n}", **{name: row[name] for name in names}, **ref}
+                for n, row in enumerate(rounds, 1)]
     return [{"setting": setting, **{name: results[name] for name in names}, **ref}]
 
 
 def summary(points: list[dict]) -> list[dict]:
-    """Means over seeds; the standard error of the mean share is the larger of what the points say and of their spread."""
+    """Means over seeds; the mean share's standard error is the larger of what the points say and what they spread."""
     groups = {}
     for point in points:
         groups.setdefault((point["method"], point["setting"]), []).append(point)
@@ -134,10 +136,11 @@ def draw(points: list[dict], curve, path: Path) -> None:
     for method in dict.fromkeys(point["method"] for point in points):
         own = [point for point in points if point["method"] == method]
         style = {"fmt": "o", "markersize": 4, "color": COLORS[method], "elinewidth": 0.8}
-        left.errorbar([p["kl"] for p in own], [p["reward"] - p["reward_ref"] for p in own], yerr=[p["reward_se"] for p in own],
-                      xerr=[p["kl_se"] for p in own], label=method, **style)
+        left.errorbar([p["kl"] for p in own], [p["reward"] - p["reward_ref"] for p in own], label=method,
+                      xerr=[p["kl_se"] for p in own], yerr=[p["reward_se"] for p in own], **style)
         shared = [p for p in own if p["share_of_optimum"] is not None]
-        right.errorbar([p["kl"] for p in shared], [p["share_of_optimum"] for p in shared], yerr=[p["share_se"] for p in shared], **style)
+        right.errorbar([p["kl"] for p in shared], [p["share_of_optimum"] for p in shared],
+                       yerr=[p["share_se"] for p in shared], **style)
     above = [point for point in points if point["above"]]
     if above:
         ring = {"s": 90, "facecolors": "none", "edgecolors": "red"}
@@ -145,7 +148,7 @@ def draw(points: list[dict], curve, path: Path) -> None:
                      label="above the optimum by more than its standard error")
         right.scatter([p["kl"] for p in above], [p["share_of_optimum"] for p in above], **ring)
     left.set(xlabel="KL to the reference, nats", ylabel="gain in gold reward", xlim=(0, None), ylim=(0, None))
-    right.set(xlabel="KL to the reference, nats", ylabel="share of the optimum at this KL", xlim=(0, None), ylim=(0, 1.15))
+    right.set(xlabel="KL to the reference, nats", ylabel="share of the optimum", xlim=(0, None), ylim=(0, 1.15))
     left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -167,18 +170,20 @@ def main(args: Args) -> None:
     RESULTS.mkdir(exist_ok=True)
     rows = summary(points)
     seconds = sum(result["seconds"] for result in results.values())  # of all runs, whenever they were made
-    (RESULTS / "frontier.json").write_text(json.dumps({"points": points, "summary": rows, "run_seconds": seconds}, indent=1) + "\n")
+    saved = {"points": points, "summary": rows, "run_seconds": seconds}
+    (RESULTS / "frontier.json").write_text(json.dumps(saved, indent=1) + "\n")
     draw(points, curve, RESULTS / "frontier.png")
 
+    def share(p):
+        return "beyond the curve" if p["share_se"] is None else f"{p['share_of_optimum']:.1%} ± {p['share_se']:.1%}"
+
     print_table([["method", "setting", "KL, nats", "reward", "share of the optimum"]] +
-                [[row["method"], row["setting"], f"{row['kl']:.2f}", f"{row['reward']:.2f}",
-                  "beyond the curve" if row["share_se"] is None else f"{row['share_of_optimum']:.1%} ± {row['share_se']:.1%}"]
-                 for row in rows])
+                [[r["method"], r["setting"], f"{r['kl']:.2f}", f"{r['reward']:.2f}", share(r)] for r in rows])
     for p in points:
         if p["above"]:
-            print(f"ABOVE THE OPTIMUM: {p['method']}, {p['setting']}, seed {p['seed']}: {p['share_of_optimum']:.1%} ± {p['share_se']:.1%}")
-    print(f"{len(points)} points of {len(results)} runs, {seconds / 60:.0f} minutes of runs; this call {(time.time() - began) / 60:.1f} "
-          f"minutes\nsaved to {RESULTS / 'frontier.json'} and .png")
+            print(f"ABOVE THE OPTIMUM: {p['method']}, {p['setting']}, seed {p['seed']}: {share(p)}")
+    print(f"{len(points)} points of {len(results)} runs, {seconds / 60:.0f} minutes of runs; this call took "
+          f"{(time.time() - began) / 60:.1f} minutes\nsaved to {RESULTS / 'frontier.json'} and .png")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # o
 
 
 def run(directory: Path, command: list) -> dict:
-    """[script, flag, value ...] -> its results.json, from the disk where the same command has finished before. One that was
-    interrupted goes on from its checkpoint."""
+    """[script, flag, value ...] -> its results.json, from the disk where the same command has finished before. One that
+    was interrupted goes on from its checkpoint."""
     script, *flags = map(str, command)
     results, told = directory / "results.json", directory / "command.json"
     same = told.exists() and json.loads(told.read_text()) == [script, *flags]
@@ -25,8 +25,8 @@ def run(directory: Path, command: list) -> dict:
         results.unlink(missing_ok=True)
         told.write_text(json.dumps([script, *flags]))
         with open(directory / "log.txt", "w") as log:
-            status = subprocess.run([sys.executable, ROOT / script, *flags, "--output-dir", directory, *["--resume"] * same],
-                                    env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT).returncode
+            whole = [sys.executable, ROOT / script, *flags, "--output-dir", directory, *["--resume"] * same]
+            status = subprocess.run(whole, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT).returncode
         if status:
             last = (directory / "log.txt").read_text().strip().splitlines()[-1:]
             raise SystemExit(f"{' '.join([script, *flags])}\n  ended with status {status}: {' '.join(last)}")
