@@ -257,7 +257,7 @@ def finish(run, args: Args, memory: dict, ref_gold: torch.Tensor) -> None:
     evaluation = dict(results[args.n])
     evaluation["proxy_reward_ref"] = sum(s["proxy_reward"] for s in memory["reference"]) / len(memory["reference"])
     for n, metrics in results.items():
-        for name in ("proxy_reward", "reward", "kl", "kl_bound", "win_rate"):
+        for name in ("proxy_reward", "reward", "reward_se", "kl", "kl_se", "kl_bound", "win_rate"):
             evaluation[f"{name}_n{n}"] = metrics[name]
     optimum = optimal_gain(args, evaluation["kl"])
     if optimum:

@@ -448,12 +448,26 @@ def make_row(prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int
 
 def encode_prompt(tokenizer, prompt) -> list[int]:
     """A text, or a list of {"role", "content"} through the chat template -> the ids that generation starts from."""
+    prompt = with_prefix(prompt, own_prefix(tokenizer))
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
         ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers add an EOS
     else:
         ids = from_template(tokenizer, prompt, add_generation_prompt=True, tokenize=True)
     return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+
+
+def own_prefix(tokenizer) -> str:
+    """What a policy of reward_conditioning.py wants in front of every prompt; its tokenizer_config.json keeps it."""
+    return getattr(tokenizer, "init_kwargs", {}).get("prompt_prefix", "")
+
+
+def with_prefix(prompt, prefix: str):
+    """The prefix in front of a text, or of what the user says first."""
+    if isinstance(prompt, str) or not prefix:
+        return prefix + prompt if prefix else prompt
+    first = next((n for n, message in enumerate(prompt) if message["role"] == "user"), 0)
+    return [{**m, "content": prefix + m["content"]} if n == first else m for n, m in enumerate(prompt)]
 
 
 def encode_row(tokenizer, prompt, completion, stops: list[int]) -> tuple[list[int], list[int]]:
@@ -478,12 +492,13 @@ def encode_continuation(tokenizer, text: str) -> list[int]:
 def encode_conversation(tokenizer, messages, stops: list[int], first: int = 0) -> tuple[list[int], list[int]]:
     """-> (ids, mask): 1 on what the assistant says in messages[first:], from the end of the generation prompt up to and
     including the stop token (the newline that many templates write after it was never generated)."""
+    spoken = with_prefix(messages, own_prefix(tokenizer))
     ids, mask, text = [], [], ""
     for turn in range(first, len(messages)):
         if messages[turn]["role"] != "assistant":
             continue
-        before = from_template(tokenizer, messages[:turn], add_generation_prompt=True)
-        until = from_template(tokenizer, messages[:turn + 1])
+        before = from_template(tokenizer, spoken[:turn], add_generation_prompt=True)
+        until = from_template(tokenizer, spoken[:turn + 1])
         if not (before.startswith(text) and until.startswith(before)):
             raise UserError("the chat template writes earlier turns differently once an answer follows: give a "
                             "--chat-template whose text only grows")
@@ -646,18 +661,23 @@ def as_answer(prompt, completion: str):
     return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
-def reward_from_function(spec: str):
-    """`FILE.py:function`, called in TRL's convention: f(prompts=..., completions=..., **columns) -> list of floats."""
+def load_function(flag: str, spec: str):
+    """`FILE.py:function` -> the function."""
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
-        raise UserError(f"--reward-fn {spec}: no such file: give FILE.py:function")
+        raise UserError(f"{flag} {spec}: no such file: give FILE.py:function")
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        function = getattr(module, name)
+        return getattr(module, name)
     except Exception as error:
-        raise UserError(f"--reward-fn {spec}: {type(error).__name__}: {error}: mend the file")
+        raise UserError(f"{flag} {spec}: {type(error).__name__}: {error}: mend the file")
+
+
+def reward_from_function(spec: str):
+    """`FILE.py:function`, called in TRL's convention: f(prompts=..., completions=..., **columns) -> list of floats."""
+    function = load_function("--reward-fn", spec)
 
     def call(prompts, completions, rows):
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
@@ -707,6 +727,10 @@ def reward_from_model(name: str, args):
             with autocast(model):
                 hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
                 rewards[group] = model.score(hidden[torch.arange(len(group)), last]).squeeze(-1).float().cpu()
+        if not rewards.isfinite().all():
+            bad = int(rewards.isfinite().long().argmin())
+            raise UserError(f"--reward-model {name}: not a finite score for prompt {str(prompts[bad])[:80]!r}, "
+                            f"completion {str(completions[bad])[:80]!r}: train it with a lower --learning-rate")
         return rewards
 
     return reward
@@ -726,16 +750,21 @@ def prompts_that_fit(rows, tokenizer, max_new_tokens: int, max_length: int) -> l
 
 
 @torch.no_grad()
-def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, step: int) -> tuple[dict, list[dict]]:
+def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, step: int,
+                    prefix="") -> tuple[dict, list[dict]]:
     """One fresh sample for each row's prompt -> (metrics, samples): KL(pi || pi_ref) in nats a completion and, where
-    there is a reward, its mean and the win rate against the reference's samples (None: these are the reference's)."""
+    there is a reward, its mean and the win rate against the reference's samples (None: these are the reference's).
+    With a prefix in front of the policy's prompts the KL is that of pi(. | prefix, x) to pi_ref(. | x)."""
     prompts = [row["prompt"] for row in rows]
     with torch.random.fork_rng():  # an evaluation must not change what training draws
         torch.manual_seed(args.seed + 1000 * step)
-        rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, args.temperature)
+        prefixed = [with_prefix(prompt, prefix) for prompt in prompts]
+        rollout = generate(model, tokenizer, prefixed, 1, args.max_new_tokens, args.temperature)
+    ref_rows = rollout.rows if not prefix else [make_row(encode_prompt(tokenizer, prompt), ids[mask.index(1):])
+                                                for prompt, (ids, mask) in zip(prompts, rollout.rows)]
     reference = load_model(args.model, args.device, args.dtype)  # for a moment: training does not keep it in memory
     log_ratios = (sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
-                  - sequence_logprobs(reference, rollout.rows, args.micro_batch_size, args.temperature))
+                  - sequence_logprobs(reference, ref_rows, args.micro_batch_size, args.temperature))
     metrics = {"ended": rollout.ended.float().mean().item()}
     metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
     samples = [{"step": step, "prompt": p, "completion": c, "ended": e}

@@ -313,6 +313,17 @@ def make_samples() -> None:
     write("battles.jsonl", battles)
 
 
+def optimum(log_ratio, rewards, beta: float):
+    """Samples of a proposal q, log_ratio = log pi_ref / q and rewards, each [prompts, samples] -> the KL of
+    pi* = pi_ref exp(r / beta) / Z to pi_ref (nats), its reward, and how many of its own samples these are worth, each
+    [prompts]."""
+    log_weights = log_ratio + rewards / beta
+    weights = log_weights.softmax(1)
+    reward = (weights * rewards).sum(1)
+    kl = reward / beta - (log_weights.logsumexp(1) - math.log(log_weights.shape[1]))
+    return kl, reward, 1 / (weights**2).sum(1)
+
+
 def make_frontier() -> None:
     """The best gold reward that any policy can reach at each KL from tiny-sft, on held-out reviews.
 
@@ -362,11 +373,7 @@ def make_frontier() -> None:
     ]
     points = []
     for beta in torch.logspace(1.0, -0.5, 46).tolist():
-        log_weights = log_ratio + rewards / beta
-        weights = log_weights.softmax(1)
-        effective = 1 / (weights**2).sum(1)
-        reward = (weights * rewards).sum(1)
-        kl = reward / beta - (log_weights.logsumexp(1) - math.log(log_weights.shape[1]))
+        kl, reward, effective = optimum(log_ratio, rewards, beta)
         if effective.mean() >= 50:
             points.append({"beta": beta, "kl": kl.mean().item(), "reward": reward.mean().item(),
                            "effective_samples": effective.mean().item()})

@@ -78,3 +78,24 @@ def byte_level(**kwargs) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False,
                                    **{"eos_token": "<|endoftext|>", **kwargs})
+
+
+def saved_language(directory, seed: int, prefix: str = "", std: float = 0.3):
+    """A Llama of six words, "." among them for EOS, in Hugging Face form. Its completions of at most two tokens are listed:
+    -> [31 ids], of which each has probability exp(sequence_logprobs)."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(
+        vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std)
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, ".": 1, "a": 2, "b": 3, "c": 4, "d": 5}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=".", model_max_length=16)
+    if prefix:
+        tokenizer.init_kwargs["prompt_prefix"] = prefix
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return [[1]] + [[first, second] for first in (0, 2, 3, 4, 5) for second in range(6)]
