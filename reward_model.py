@@ -20,8 +20,9 @@ A `margin` column m asks for r_chosen - r_rejected > m: Llama 2 (Touvron et al. 
 The head starts as N(0, 1 / (d + 1)) (Stiennon et al. 2020) and reads the last token of prompt + completion + EOS, found
 by its index. The likelihood does not know the rewards' zero; InstructGPT sets it with a bias, so that reference answers
 score 0 on average. The stock heads of transformers have no bias, so the shift is written into the head's weights: see
-centre(). Deviations from InstructGPT: AdamW without weight decay, linear decay, several epochs, the reference answers
-are those of the training judgements (tiny-sft's samples, in the embedded world), not the labelers' demonstrations.
+centre(). Deviations from InstructGPT: linear decay, and several epochs, which want weight decay and dropout (a reward
+model is no policy: nothing depends on what it says in training); the reference answers are those of the training
+judgements (tiny-sft's samples, in the embedded world), not the labelers' demonstrations.
 
 The saved model loads with AutoModelForSequenceClassification and gives the same scores, also in batches padded on the
 right: the stock head reads the last token that is not pad, so pad must not be EOS. Where a tokenizer has no pad, or pad
@@ -65,6 +66,10 @@ class Args:
     """of rankings: all pairs, or the likelihood of the whole ranking"""
     learning_rate: float = 5e-4
     """peak, after 10% warm-up; then linear decay to 0"""
+    weight_decay: float = 0.1
+    """of AdamW"""
+    dropout: float = 0.1
+    """of the token embeddings, in training only"""
     batch_size: int = 32
     """comparisons or rankings an update"""
     micro_batch_size: int | None = None
@@ -267,6 +272,7 @@ def evaluation_metrics(rewards: torch.Tensor, gold: torch.Tensor | None, sizes: 
         truth = differences_of(gold, sizes)
         metrics["bayes_accuracy"] = share_right(truth).mean().item()  # of these noisy judgements
         metrics["bayes_accuracy_expected"] = torch.sigmoid(truth.abs()).mean().item()  # over the judge's noise
+        metrics["accuracy_expected"] = torch.sigmoid(truth * differences.sign()).mean().item()
         metrics["bayes_log_loss"] = -F.logsigmoid(truth).mean().item()
         metrics["rank_correlation"] = rank_correlation(rewards, gold)
     return metrics
@@ -276,6 +282,9 @@ def evaluation_metrics(rewards: torch.Tensor, gold: torch.Tensor | None, sizes: 
 
 
 def main(args: Args) -> None:
+    if not 0 <= args.dropout < 1 or not 0 <= args.weight_decay < math.inf:
+        raise UserError(f"--dropout {args.dropout}, --weight-decay {args.weight_decay}: dropout from 0 to below 1, and "
+                        "a decay of at least 0")
     if args.dataset in (Args.dataset, str(ASSETS / "data" / "rankings.jsonl")):
         args.eval_dataset = args.eval_dataset or args.dataset.replace(".jsonl", "_heldout.jsonl")
         args.reward_fn = args.reward_fn or str(ASSETS / "rewards.py") + ":sentiment"
@@ -308,7 +317,10 @@ def main(args: Args) -> None:
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(rows)} judgements, {len(eval_rows)} held out; {len(plan)} updates of {args.batch_size}", flush=True)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: F.dropout(output, args.dropout, training=torch.is_grad_enabled())
+    )
     done, _ = run.start(model, optimizer)
 
     def evaluate(step):

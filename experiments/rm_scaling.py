@@ -1,4 +1,4 @@
-"""How a reward model improves with judgements and with size: held-out accuracy of reward_model.py for five numbers of
+"""How a reward model improves with judgements and with size: held-out accuracy of reward_model.py for four numbers of
 comparisons and three sizes of model, under the ceiling of who knows the gold rewards.
 
     pip install -r experiments/requirements.txt
@@ -22,7 +22,7 @@ from common import print_table  # noqa: E402
 
 RUNS, RESULTS = ROOT / "runs" / "rm_scaling", ROOT / "experiments" / "results"
 SIZES = {(1, 32): 29_000, (2, 64): 132_000, (4, 128): 857_000}  # (layers, width): parameters
-COMPARISONS, SEEDS = [250, 500, 1000, 2000, 4000], [0, 1, 2]
+COMPARISONS, SEEDS = [500, 1000, 2000, 4000], [0, 1, 2]
 
 
 def script(name: str, directory: Path, *flags) -> dict:

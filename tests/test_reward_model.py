@@ -212,11 +212,12 @@ def test_the_true_reward_is_calibrated_and_reaches_the_ceiling():
     pairs = torch.where(wins[:, None], gold.view(-1, 2), gold.view(-1, 2).flip(1)).flatten()
     metrics = evaluation_metrics(pairs, pairs, [2] * 20_000)
     assert metrics["accuracy"] == metrics["bayes_accuracy"] == pytest.approx(metrics["bayes_accuracy_expected"], abs=0.01)
+    assert metrics["accuracy_expected"] == metrics["bayes_accuracy_expected"]
     assert metrics["ece"] < 0.01 and metrics["log_loss"] == metrics["bayes_log_loss"] and metrics["rank_correlation"] > 0.9999
     assert evaluation_metrics(2 * pairs, pairs, [2] * 20_000)["ece"] > 0.05  # twice as sure as it should be
 
 
-@pytest.mark.skipif(not (ASSETS / "tiny-rm").exists(), reason="assets/make.py rm builds it")
+
 def test_tiny_rm_is_what_it_promises():
     """Held-out judgements: within 2 points of what the true probabilities score, and the order of the gold reward."""
     sys.path.insert(0, str(ASSETS))
@@ -226,7 +227,8 @@ def test_tiny_rm_is_what_it_promises():
     prompts, completions = zip(*answers)
     rewards = reward_from_model(str(ASSETS / "tiny-rm"), Args(device="cpu"))(prompts, completions, rows)
     metrics = evaluation_metrics(rewards, torch.tensor(sentiment(prompts, completions)), [2] * len(rows))
-    assert metrics["accuracy"] > max(metrics["bayes_accuracy"], metrics["bayes_accuracy_expected"]) - 0.02
+    assert metrics["accuracy"] > metrics["bayes_accuracy"] - 0.02
+    assert metrics["accuracy_expected"] > metrics["bayes_accuracy_expected"] - 0.03
     assert metrics["rank_correlation"] > 0.9 and abs(rewards.mean()) < 0.2
     assert sum(file.stat().st_size for file in (ASSETS / "tiny-rm").iterdir()) < 2_000_000
     model = CLASSIFIER.from_pretrained(ASSETS / "tiny-rm", dtype=torch.float32).eval()
@@ -293,10 +295,11 @@ def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
 
 
 def test_micro_batches_change_nothing(finished, tmp_path):
-    directory, flags, _ = finished
-    status, _, errors = run("reward_model", *flags, "--output-dir", tmp_path, "--micro-batch-size", 3)
-    assert status == 0, errors
-    for before, after in zip(metrics_of(directory / "run"), metrics_of(tmp_path)):
+    for size in (3, 8):
+        status, _, errors = run("reward_model", *finished[1], "--output-dir", tmp_path / str(size), "--dropout", 0,
+                                "--micro-batch-size", size)
+        assert status == 0, errors
+    for before, after in zip(metrics_of(tmp_path / "3"), metrics_of(tmp_path / "8")):
         assert before["loss"] == pytest.approx(after["loss"], abs=2e-4) if "loss" in before else True
 
 
