@@ -209,7 +209,8 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
 
     hidden = F.embedding(place[:, :-1][wanted[:, 1:]], states[0].flatten(0, 1))  # [N, D]: what predicts the targets
     targets = input_ids[wanted]  # [N]
-    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    at_once = LOGITS_AT_ONCE if targets.is_cuda or torch.is_grad_enabled() else LOGITS_AT_ONCE // 16  # fits the caches
+    rows = max(1, at_once // head.weight.shape[0])
     if len(targets) <= rows:
         logps = chunk_logprobs(hidden, targets)
     else:

@@ -162,7 +162,8 @@ def run_ours(stage: str, shape: str, where: Path, updates: int) -> dict:
     script.main(script.Args(**flags))
     lines = [json.loads(line) for line in (where / "ours" / "metrics.jsonl").read_text().splitlines()]
     first, *others = [line for line in lines if "grad_norm" in line]
-    return {**clock.result(*reference[:1]), "loss": first["loss"], "chosen_logps": first.get("chosen_logps"), "length": statistics.mean(line.get("length", 0) for line in others)}
+    return {**clock.result(*reference[:1]), "loss": first["loss"], "chosen_logps": first.get("chosen_logps"),
+            "length": statistics.mean(line.get("length", 0) for line in others)}
 
 
 def run_trl(stage: str, shape: str, where: Path, updates: int, labelled_only: bool) -> dict:
