@@ -221,7 +221,7 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
 
 @contextlib.contextmanager
 def packed_rows(model, input_ids, needed, attention_mask=None):
-    """-> (forward's arguments, place [B, T]: where each needed token's state stands in the flattened [B * T, D] result).
+    """-> (forward's arguments, place [B, T]: where each needed token's state stands in its flattened result, [N, D]).
 
     Rows [B, T] are packed into one, [1, N]: without their padding, and a start that is equal to the row's before (the
     prompt of a pair, of a group) only once. Attention alone sees rows, [B, T] again; all else in a transformer works
@@ -255,7 +255,8 @@ def packed_rows(model, input_ids, needed, attention_mask=None):
     before, ALL_ATTENTION_FUNCTIONS["packed_rows"] = config._attn_implementation, attention
     config._attn_implementation = "packed_rows"
     try:
-        yield {"input_ids": input_ids[own][None], "position_ids": columns.expand(B, T)[own][None], "use_cache": False}, place
+        packed = {"input_ids": input_ids[own][None], "position_ids": columns.expand(B, T)[own][None]}
+        yield {**packed, "use_cache": False}, place
     finally:
         config._attn_implementation = before
 
@@ -277,8 +278,8 @@ def can_pack(model) -> bool:
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost: its
-    gradient, (1 at the target - softmax) / temperature, too. Each further [n, V] would take longer than its arithmetic."""
+    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost, and so
+    is the gradient, (1 at the target - softmax) / temperature: any other [n, V] would take longer than its arithmetic."""
 
     @staticmethod
     def forward(ctx, logits, targets, temperature):
