@@ -267,6 +267,7 @@ def can_pack(model) -> bool:
     if not hasattr(model, "packs"):
         model.packs, base = True, model.base_model
         rows = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 9, 8], [8, 7, 6, 5, 5]], device=model.device)
+        rows = rows % base.get_input_embeddings().num_embeddings
         try:
             alone = torch.cat([base(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows])
             with packed_rows(model, rows, torch.ones_like(rows, dtype=torch.bool)) as (inputs, place):
@@ -278,8 +279,8 @@ def can_pack(model) -> bool:
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost, and so
-    is the gradient, (1 at the target - softmax) / temperature: any other [n, V] would take longer than its arithmetic."""
+    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost, also
+    its gradient, (1 at the target - softmax) / temperature: another [n, V] would take longer than its arithmetic."""
 
     @staticmethod
     def forward(ctx, logits, targets, temperature):

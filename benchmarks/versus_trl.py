@@ -182,9 +182,9 @@ def run_trl(stage: str, shape: str, where: Path, updates: int, labelled_only: bo
     rows = [json.loads(line) for line in (where / "train.jsonl").read_text().splitlines()]
     rows = [rows[i] for group in batches(len(rows), batch, 1, updates, seed=0) for i in group]  # in our order
     flags = dict(output_dir=str(where / "trl"), per_device_train_batch_size=batch, max_steps=updates,
-                 learning_rate=1e-5, max_grad_norm=1.0, gradient_checkpointing=False, bf16=False, use_cpu=True, optim="adamw_torch_fused",
-                 train_sampling_strategy="sequential", dataloader_pin_memory=False, save_strategy="no", logging_steps=1,
-                 report_to="none", disable_tqdm=True)
+                 learning_rate=1e-5, max_grad_norm=1.0, gradient_checkpointing=False, bf16=False, use_cpu=True,
+                 optim="adamw_torch_fused", train_sampling_strategy="sequential", dataloader_pin_memory=False,
+                 save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True)
     more = {}
     if stage == "grpo":
         file, name = reward_spec(shape).rsplit(":", 1)
@@ -310,7 +310,8 @@ def table(rows: list[dict]) -> str:
         labelled = f"{row['ratio_labelled']:.2f}×" if "ratio_labelled" in row else "–"
         lines.append(f"| {row['stage']} | {row['shape']} | **{row['ratio']:.2f}×** "
                      f"| {row['ratio_low']:.2f}–{row['ratio_high']:.2f} | {labelled} "
-                     f"| {row['ours']:.1f}, {row['theirs']:.1f} | {row['tokens_per_s_ours']:,.0f}, {row['tokens_per_s_theirs']:,.0f} "
+                     f"| {row['ours']:.1f}, {row['theirs']:.1f} "
+                     f"| {row['tokens_per_s_ours']:,.0f}, {row['tokens_per_s_theirs']:,.0f} "
                      f"| {row['peak_mb_ours']:,.0f}, {row['peak_mb_theirs']:,.0f} "
                      f"| {row['share_of_peak_ours']:.0%}, {row['share_of_peak_theirs']:.0%} |")
     return "\n".join(lines)
