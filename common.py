@@ -279,7 +279,7 @@ def can_pack(model) -> bool:
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost, also
+    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost, and
     its gradient, (1 at the target - softmax) / temperature: another [n, V] would take longer than its arithmetic."""
 
     @staticmethod

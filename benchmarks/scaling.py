@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py            # about 3 minutes on 1 CPU core
 
-A random Llama of 4 layers, width 128 and 8,192 words. Cost: processor seconds of one rollout (common.generate), and of
-the log-probabilities with their backward pass (common.token_logprobs) on what it wrote, the least of 3, when prompts, samples a
-prompt, new tokens or width double, 1x to 8x; growth is the mean factor a doubling. Memory: what token_logprobs with its
-backward pass adds to the peak of a process of its own, as vocabulary x completion tokens grow past LOGITS_AT_ONCE; the
-logits alone would need 4 bytes x that product.
+A random Llama of 4 layers, width 128 and 8,192 words. Cost: processor seconds of one rollout (common.generate), and
+of the log-probabilities with their backward pass (common.token_logprobs) on what it wrote, the least of 3, when
+prompts, samples a prompt, new tokens or width double, 1x to 8x; growth is the mean factor a doubling. Memory: what
+token_logprobs with its backward pass adds to the peak of a process of its own, as vocabulary x completion tokens grow
+past LOGITS_AT_ONCE; the logits alone would need 4 bytes x that product.
 """
 
 import json
