@@ -342,7 +342,7 @@ if __name__ == "__main__":
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and trl at least")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=6, help="timed updates a run; two more come before")
+    parser.add_argument("--updates", type=int, default=3, help="timed updates a run; two more come before")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "versus_trl.json")
     main(parser.parse_args())
