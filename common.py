@@ -210,7 +210,8 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
 
     hidden = F.embedding(place[:, :-1][wanted[:, 1:]], states[0].flatten(0, 1))  # [N, D]: what predicts the targets
     targets = input_ids[wanted]  # [N]
-    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    at_once = LOGITS_AT_ONCE if targets.is_cuda or torch.is_grad_enabled() else LOGITS_AT_ONCE // 16  # fits the caches
+    rows = max(1, at_once // head.weight.shape[0])
     if len(targets) <= rows:
         logps = chunk_logprobs(hidden, targets)
     else:
@@ -221,7 +222,7 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
 
 @contextlib.contextmanager
 def packed_rows(model, input_ids, needed, attention_mask=None):
-    """-> (forward's arguments, place [B, T]: where each needed token's state stands in the result, flattened).
+    """-> (forward's arguments, place [B, T]: where each needed token's state stands in its flattened result, [N, D]).
 
     Rows [B, T] are packed into one, [1, N]: without their padding, and a start that is equal to the row's before (the
     prompt of a pair, of a group) only once. Attention alone sees rows, [B, T] again; all else in a transformer works
@@ -255,8 +256,8 @@ def packed_rows(model, input_ids, needed, attention_mask=None):
     before, ALL_ATTENTION_FUNCTIONS["packed_rows"] = config._attn_implementation, attention
     config._attn_implementation = "packed_rows"
     try:
-        positions = columns.expand(B, T)[own][None]
-        yield {"input_ids": input_ids[own][None], "position_ids": positions, "use_cache": False}, place
+        packed = {"input_ids": input_ids[own][None], "position_ids": columns.expand(B, T)[own][None]}
+        yield {**packed, "use_cache": False}, place
     finally:
         config._attn_implementation = before
 
@@ -267,6 +268,7 @@ def can_pack(model) -> bool:
     if not hasattr(model, "packs"):
         model.packs, base = True, model.base_model
         rows = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 9, 8], [8, 7, 6, 5, 5]], device=model.device)
+        rows = rows % base.get_input_embeddings().num_embeddings
         try:
             alone = torch.cat([base(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows])
             with packed_rows(model, rows, torch.ones_like(rows, dtype=torch.bool)) as (inputs, place):
@@ -278,8 +280,8 @@ def can_pack(model) -> bool:
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost: its
-    gradient, (1 at the target - softmax) / temperature, too. Another [n, V] would take longer than its arithmetic."""
+    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost, and
+    its gradient, (1 at the target - softmax) / temperature: another [n, V] would take longer than its arithmetic."""
 
     @staticmethod
     def forward(ctx, logits, targets, temperature):

@@ -4,30 +4,32 @@
     python benchmarks/versus_trl.py                                       # everything, 5 repeats
     python benchmarks/versus_trl.py --stages dpo --shapes 15M --repeats 1 --updates 4
 
-The same for both sides: the model's weights, the rows, their batches and order, the token ids, the number of updates, float32,
-AdamW (fused), the clipping of the gradient, the threads. Shapes: `15M` is a Llama of 288 x 6 with random weights and 32,000
-words, prompts and completions of 64 to 128 tokens (GRPO writes 64), batches as of TRL's examples; `tiny` is assets/tiny-sft on
-its own data with the scripts' default batches. GRPO: 8 (15M) or 16 (tiny) completions a prompt, beta 0.04 with a reference, one
-update a rollout.
+The same for both sides: the model's weights, the rows, their batches and order, the token ids, the number of updates,
+float32, AdamW (fused), the clipping of the gradient, the threads. Shapes: `15M` is a Llama of 288 x 6 with random
+weights and 32,000 words, prompts and completions of 64 to 128 tokens (GRPO writes 64), 8 demonstrations, 4 pairs or 2
+prompts x 8 completions an update; `tiny` is assets/tiny-sft on its own data with the scripts' default batches (GRPO: 32
+sums x 16). GRPO has beta 0.04, so a reference, and one update a rollout.
 
-What is timed: a process imports the script (or makes TRL's trainer) and runs its own main (or train()); a hook on AdamW notes
-the time of each update. The time between two updates is all that the loop does for one: batch, padding, rollout, rewards,
-reference, forward, backward, clipping, AdamW, logging. The interval after the first update is dropped as warm-up, the mean of
-the others is a run's time. Start-up, loading and evaluations are outside. dpo.py computes the reference's log-probabilities
-before training: that time, divided by the number of updates, is added (one epoch: nothing is saved by its being done once).
-Peak memory is VmHWM, of the whole process from its start to its last update, imports, model and (ours) the evaluation before
-training included. The sides alternate, and the ratio is the median of the ratios of neighbours. SFT's and DPO's first losses and
-log-probabilities are compared, as a check that the work is the same.
+What is timed: a process imports the script (or makes TRL's trainer) and runs its own main (or train()); a hook on AdamW
+notes the time of each update. Between two updates lies all that the loop does for one: batch, padding, rollout,
+rewards, reference, forward, backward, clipping, AdamW, logging. The interval after the first update is dropped as
+warm-up; the mean of the others is a run's time. Start-up, loading and evaluations are outside. dpo.py computes the
+reference's log-probabilities before training: that time, divided by the number of updates, is added (one epoch: nothing
+is saved by its being done once). Peak memory is VmHWM of the whole process from its start to its last update: imports,
+model, and on our side the evaluation before training. The sides alternate, and the ratio is the median of the ratios of
+neighbours; cpu_ratio is that of processor seconds, steadier on a busy machine. SFT's and DPO's first losses, and DPO's
+first log-probabilities, must agree to 0.1%: the work is the same.
 
-TRL's settings, the fastest found on a CPU: gradient_checkpointing=False (its default, True, computes the forward pass twice),
-float32 (bfloat16 autocast, gradient checkpointing, torch_compile, a static cache and continuous batching were slower when tried),
-adamw_torch_fused, whole batch in one forward pass, DPO's reference in the step (precomputed, it costs the same once), GRPO's
-generation by transformers with its default dynamic cache, no vLLM and no Liger kernels, which need a GPU. On CPUs TRL 1.16 scores
-all positions, on GPUs only the labelled ones; the column `labelled only` is TRL with that switch patched on for the CPU too.
+TRL's settings, the fastest that were found on a CPU: gradient_checkpointing=False (its default, True, computes the
+forward pass twice), float32 (bfloat16, torch_compile, a static cache and continuous batching were slower when tried),
+adamw_torch_fused, the whole batch in one forward pass, DPO's reference in the step (precomputed it costs the same
+once), GRPO's generation by transformers with its dynamic cache; vLLM and Liger kernels need a GPU. On CPUs TRL 1.16
+scores all positions, on GPUs only the labelled ones; `labelled` is TRL with that switch patched on for the CPU too.
 
-share of peak: necessary FLOPs / time / the GEMM rate (2048^3, float32) that this machine reached in the same minutes. Necessary:
-each distinct prompt through the trunk once, each completion token through trunk and head once, causal attention; a backward
-pass is two forward passes; SFT, reward: 3 forward passes in all, DPO 4 (reference), GRPO 5 (rollout, reference, update).
+share of peak: necessary FLOPs / time / the GEMM rate (2048^3, float32) that this machine reached in the same minutes.
+Necessary: each prompt through the trunk once for all its completions, each completion token through trunk and head
+once, causal attention; a backward pass is two forward passes: SFT and reward are 3 forward passes in all, DPO 4
+(reference), GRPO 5 (rollout, reference, update).
 """
 
 import argparse
@@ -47,7 +49,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 STAGES, SHAPES, SIDES = ("sft", "reward", "dpo", "grpo"), ("15M", "tiny"), ("ours", "trl", "trl_labelled")
-BATCH = {"15M": {"sft": 8, "reward": 4, "dpo": 4, "grpo": 2}, "tiny": {"sft": 64, "reward": 32, "dpo": 32, "grpo": 32}}
+BATCH = {"15M": {"sft": 8, "reward": 4, "dpo": 4, "grpo": 2},
+         "tiny": {"sft": 64, "reward": 32, "dpo": 32, "grpo": 32}}
 GROUP, NEW_TOKENS = {"15M": 8, "tiny": 16}, {"15M": 64, "tiny": 8}
 DATA = {"sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons", "grpo": "sum_prompts"}
 FORWARD_PASSES = {"sft": 3, "reward": 3, "dpo": 4, "grpo": 5}
@@ -63,9 +66,9 @@ def make_model(directory: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
-                         num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-                         eos_token_id=1, pad_token_id=0)
+    config = LlamaConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6,
+                         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512,
+                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>"] + [f"w{i}" for i in range(2, 32000)])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
@@ -117,7 +120,7 @@ def peak_mb() -> float:  # not ru_maxrss, which a process inherits from the one 
 
 
 class Clock:
-    """When each AdamW step of this process ended, in wall-clock and in processor seconds, and the peak memory by then."""
+    """When each AdamW step of this process ended, in wall-clock and processor seconds, and the peak memory by then."""
 
     def __init__(self):
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -162,7 +165,8 @@ def run_ours(stage: str, shape: str, where: Path, updates: int) -> dict:
     script.main(script.Args(**flags))
     lines = [json.loads(line) for line in (where / "ours" / "metrics.jsonl").read_text().splitlines()]
     first, *others = [line for line in lines if "grad_norm" in line]
-    return {**clock.result(*reference[:1]), "loss": first["loss"], "chosen_logps": first.get("chosen_logps"), "length": statistics.mean(line.get("length", 0) for line in others)}
+    return {**clock.result(*reference[:1]), "loss": first["loss"], "chosen_logps": first.get("chosen_logps"),
+            "length": statistics.mean(line.get("length", 0) for line in others)}
 
 
 def run_trl(stage: str, shape: str, where: Path, updates: int, labelled_only: bool) -> dict:
@@ -172,15 +176,15 @@ def run_trl(stage: str, shape: str, where: Path, updates: int, labelled_only: bo
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from common import batches
-    if labelled_only:
-        trl.trainer.utils._use_triton = lambda device: True  # read in one place: whether to score labelled positions only
+    if labelled_only:  # asked in one place of this module: whether to score labelled positions only
+        trl.trainer.utils._use_triton = lambda device: True
     batch = BATCH[shape][stage]
     rows = [json.loads(line) for line in (where / "train.jsonl").read_text().splitlines()]
     rows = [rows[i] for group in batches(len(rows), batch, 1, updates, seed=0) for i in group]  # in our order
-    flags = dict(output_dir=str(where / "trl"), per_device_train_batch_size=batch, max_steps=updates, learning_rate=1e-5,
-                 max_grad_norm=1.0, gradient_checkpointing=False, bf16=False, use_cpu=True, optim="adamw_torch_fused",
-                 train_sampling_strategy="sequential", dataloader_pin_memory=False, save_strategy="no", logging_steps=1,
-                 report_to="none", disable_tqdm=True)
+    flags = dict(output_dir=str(where / "trl"), per_device_train_batch_size=batch, max_steps=updates,
+                 learning_rate=1e-5, max_grad_norm=1.0, gradient_checkpointing=False, bf16=False, use_cpu=True,
+                 optim="adamw_torch_fused", train_sampling_strategy="sequential", dataloader_pin_memory=False,
+                 save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True)
     more = {}
     if stage == "grpo":
         file, name = reward_spec(shape).rsplit(":", 1)
@@ -191,14 +195,16 @@ def run_trl(stage: str, shape: str, where: Path, updates: int, labelled_only: bo
         flags |= dict(num_generations=GROUP[shape], per_device_train_batch_size=batch * GROUP[shape], beta=0.04,
                       max_completion_length=NEW_TOKENS[shape], loss_type="grpo", shuffle_dataset=False)
     name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "grpo": "GRPO"}[stage]
-    kind, heads = (AutoModelForSequenceClassification, {"num_labels": 1}) if stage == "reward" else (AutoModelForCausalLM, {})
-    trainer = getattr(trl, name + "Trainer")(
-        model=kind.from_pretrained(where / "model", dtype=torch.float32, **heads), args=getattr(trl, name + "Config")(**flags),
-        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(where / "model"), **more)
+    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    labels = {"num_labels": 1} if stage == "reward" else {}
+    model = kind.from_pretrained(where / "model", dtype=torch.float32, **labels)
+    tokenizer = AutoTokenizer.from_pretrained(where / "model")
+    trainer = getattr(trl, name + "Trainer")(model=model, args=getattr(trl, name + "Config")(**flags),
+                                             train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **more)
     clock = Clock()
     trainer.train()
     first = trainer.state.log_history[0]
-    return {**clock.result(), "loss": first["loss"], "chosen_logps": first.get("logps/chosen")}
+    return clock.result() | {"loss": first["loss"], "chosen_logps": first.get("logps/chosen")}
 
 
 def gemm_rate() -> dict:
@@ -224,7 +230,7 @@ def worker(side: str, stage: str, shape: str, where: str, updates: int) -> None:
     print("\n" + json.dumps(result))
 
 
-# ------------------------------------------------------------------------------------------------------ both, and tables
+# ----------------------------------------------------------------------------------------------------- both, and tables
 
 
 def necessary(stage: str, where: Path, length: float) -> tuple[float, float]:
@@ -252,10 +258,12 @@ def necessary(stage: str, where: Path, length: float) -> tuple[float, float]:
 
 
 def measure(stage: str, shape: str, args, temporary: str) -> dict:
-    updates, runs, rates = args.updates + 2, {side: [] for side in args.sides}, []
+    sides = [side for side in args.sides if (side, stage) != ("trl_labelled", "reward")]  # which has no LM head
+    updates, runs, rates = args.updates + 2, {side: [] for side in sides}, []
     where = prepare(stage, shape, updates, temporary)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1",
-                   "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    threads = str(args.threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1",
+                   "CUDA_VISIBLE_DEVICES": ""}
 
     def run(side):
         command = [sys.executable, __file__, "--worker", side, stage, shape, str(where), str(updates)]
@@ -266,7 +274,7 @@ def measure(stage: str, shape: str, args, temporary: str) -> dict:
 
     for repeat in range(args.repeats):
         rates.append(run("gemm")["flops"])
-        for side in args.sides[::-1] if repeat % 2 else args.sides:
+        for side in sides[::-1] if repeat % 2 else sides:
             runs[side].append(run(side))
     for key in ("loss", "chosen_logps") if stage in ("sft", "dpo") else ():
         ours, theirs = runs["ours"][0][key], runs["trl"][0][key]
@@ -280,14 +288,15 @@ def measure(stage: str, shape: str, args, temporary: str) -> dict:
 
     flops, tokens = necessary(stage, where, median("ours", "length"))
     samples = BATCH[shape][stage] * (GROUP[shape] if stage == "grpo" else 1)
-    row = {"stage": stage, "shape": shape, "device": f"cpu, {args.threads} threads", "ratio": statistics.median(ratios("trl")),
-           "ratio_low": min(ratios("trl")), "ratio_high": max(ratios("trl")),
+    row = {"stage": stage, "shape": shape, "device": f"cpu, {args.threads} threads",
+           "ratio": statistics.median(ratios("trl")), "ratio_low": min(ratios("trl")), "ratio_high": max(ratios("trl")),
            "cpu_ratio": statistics.median(ratios("trl", "cpu_seconds"))}
-    for side, name in zip(args.sides, ("ours", "theirs", "theirs_labelled")):
-        row |= {name: samples / median(side, "seconds"), f"tokens_per_s_{name}": tokens / updates / median(side, "seconds"),
-                f"seconds_{name}": median(side, "seconds"), f"cpu_seconds_{name}": median(side, "cpu_seconds"), f"peak_mb_{name}": median(side, "peak_mb"),
-                f"share_of_peak_{name}": flops / updates / median(side, "seconds") / statistics.median(rates)}
-    if "trl_labelled" in args.sides:
+    for side in sides:
+        name, seconds = {"trl": "theirs", "trl_labelled": "theirs_labelled"}.get(side, side), median(side, "seconds")
+        row |= {name: samples / seconds, f"tokens_per_s_{name}": tokens / updates / seconds, f"seconds_{name}": seconds,
+                f"cpu_seconds_{name}": median(side, "cpu_seconds"), f"peak_mb_{name}": median(side, "peak_mb"),
+                f"share_of_peak_{name}": flops / updates / seconds / statistics.median(rates)}
+    if "trl_labelled" in sides:
         row["ratio_labelled"] = statistics.median(ratios("trl_labelled"))
         row["cpu_ratio_labelled"] = statistics.median(ratios("trl_labelled", "cpu_seconds"))
     return row | {"gemm_gflops": statistics.median(rates) / 1e9, "samples_an_update": samples, "repeats": args.repeats,
@@ -295,12 +304,13 @@ def measure(stage: str, shape: str, args, temporary: str) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| stage | shape | ours / TRL | range | ours / TRL labelled only | samples/s ours, TRL | tokens/s ours, TRL | "
-             "peak MB ours, TRL | share of GEMM peak ours, TRL |", "|" + "---|" * 9]
+    lines = ["| stage | shape | ours / TRL | range | ours / TRL labelled only | samples/s ours, TRL | "
+             "tokens/s ours, TRL | peak MB ours, TRL | share of GEMM peak ours, TRL |", "|" + "---|" * 9]
     for row in rows:
         labelled = f"{row['ratio_labelled']:.2f}×" if "ratio_labelled" in row else "–"
-        lines.append(f"| {row['stage']} | {row['shape']} | **{row['ratio']:.2f}×** | {row['ratio_low']:.2f}–{row['ratio_high']:.2f} "
-                     f"| {labelled} | {row['ours']:.1f}, {row['theirs']:.1f} "
+        lines.append(f"| {row['stage']} | {row['shape']} | **{row['ratio']:.2f}×** "
+                     f"| {row['ratio_low']:.2f}–{row['ratio_high']:.2f} | {labelled} "
+                     f"| {row['ours']:.1f}, {row['theirs']:.1f} "
                      f"| {row['tokens_per_s_ours']:,.0f}, {row['tokens_per_s_theirs']:,.0f} "
                      f"| {row['peak_mb_ours']:,.0f}, {row['peak_mb_theirs']:,.0f} "
                      f"| {row['share_of_peak_ours']:.0%}, {row['share_of_peak_theirs']:.0%} |")
@@ -316,7 +326,7 @@ def main(args) -> None:
         for stage in args.stages:
             for shape in args.shapes:
                 row = measure(stage, shape, args, temporary)
-                print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+                print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
                 others = [r for r in results["versus_trl"] if (r["stage"], r["shape"]) != (stage, shape)]
                 results["versus_trl"] = sorted(others + [row], key=lambda r: (STAGES.index(r["stage"]), r["shape"]))
                 path.write_text(json.dumps(results, indent=1) + "\n")
@@ -330,9 +340,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and trl, and perhaps trl_labelled")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and trl at least")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=6, help="timed updates a run; two more come before")
+    parser.add_argument("--updates", type=int, default=3, help="timed updates a run; two more come before")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "versus_trl.json")
     main(parser.parse_args())

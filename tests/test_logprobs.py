@@ -68,7 +68,8 @@ def test_packing_changes_nothing(name):
     torch.manual_seed(0)
     input_ids = torch.randint(4, 61, (5, 6))
     input_ids[1, :3], input_ids[2, :2], input_ids[4] = input_ids[0, :3], input_ids[0, :2], input_ids[3]
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 0], [0, 1, 1, 0, 1, 0]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 0],
+                         [0, 1, 1, 0, 1, 0]])
     weights = torch.randn(5, 6)
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
@@ -89,15 +90,17 @@ def test_packing_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ["mamba", "bloom", "gpt_neo", "gpt_oss"])
 def test_architectures_that_cannot_be_packed_keep_their_rows(name):
-    """Mamba mixes tokens without attention, BLOOM and GPT-Neo have attention of their own, gpt-oss has sinks: packed, some of
-    them would be wrong without an error."""
-    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    config = {"mamba": lambda: transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4),
-              "bloom": lambda: transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
-              "gpt_neo": lambda: transformers.GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, window_size=4,
-                                                           attention_types=[[["global", "local"], 1]]),
-              "gpt_oss": lambda: transformers.GptOssConfig(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=16,
-                                                           num_local_experts=2, num_experts_per_tok=1)}[name]()
+    """Mamba mixes tokens without attention, BLOOM and GPT-Neo have attention of their own, gpt-oss has sinks: packed,
+    some of them would be wrong without an error."""
+    sizes = dict(vocab_size=61, hidden_size=32)
+    config = {
+        "mamba": lambda: transformers.MambaConfig(**sizes, num_hidden_layers=2, state_size=4),
+        "bloom": lambda: transformers.BloomConfig(**sizes, n_layer=2, n_head=4),
+        "gpt_neo": lambda: transformers.GPTNeoConfig(**sizes, num_layers=2, num_heads=4, window_size=4,
+                                                     attention_types=[[["global", "local"], 1]]),
+        "gpt_oss": lambda: transformers.GptOssConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+                                                     num_key_value_heads=2, intermediate_size=16, num_local_experts=2,
+                                                     num_experts_per_tok=1)}[name]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert not common.can_pack(model)

@@ -1,0 +1,94 @@
+"""How cost grows when one size doubles, and memory of the log-probabilities: -> benchmarks/results/scaling.json
+
+    python benchmarks/scaling.py            # about 3 minutes on 1 CPU core
+
+A random Llama of 4 layers, width 128 and 8,192 words. Cost: processor seconds of one rollout (common.generate), and
+of the log-probabilities with their backward pass (common.token_logprobs) on what it wrote, the least of 3, when
+prompts, samples a prompt, new tokens or width double, 1x to 8x; growth is the mean factor a doubling. Memory: what
+token_logprobs with its backward pass adds to the peak of a process of its own, as vocabulary x completion tokens grow
+past LOGITS_AT_ONCE; the logits alone would need 4 bytes x that product.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+BASE = {"prompts": 2, "samples": 4, "new_tokens": 16, "width": 128}
+MEMORY = [(8192, 2048), (16384, 2048), (32768, 2048), (65536, 2048), (65536, 4096), (65536, 8192)]
+
+
+def make_model(width: int, vocabulary: int):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
+                         num_attention_heads=width // 64, max_position_embeddings=16384, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def cost(prompts: int, samples: int, new_tokens: int, width: int) -> dict:
+    """Processor seconds of a rollout and of an update on it."""
+    import torch
+
+    from common import generate, load_tokenizer, token_logprobs
+    model, tokenizer = make_model(width, 8192), load_tokenizer(str(ROOT / "assets" / "tiny-sft"))
+    tokenizer.eos_token_id = 10**6  # nothing ends early
+    ids = torch.randint(3, 512, (prompts, 64)).tolist()
+    seconds = {"rollout": [], "update": []}
+    for _ in range(4):
+        began = time.process_time()
+        rollout = generate(model, tokenizer, ids, samples, new_tokens)
+        sampled = time.process_time()
+        token_logprobs(model, rollout.input_ids, None, rollout.completion_mask).sum().backward()
+        seconds["rollout"].append(sampled - began)
+        seconds["update"].append(time.process_time() - sampled)
+    return {name: min(values[1:]) for name, values in seconds.items()}
+
+
+def memory(vocabulary: int, length: int) -> None:
+    import torch
+
+    from common import token_logprobs
+    from versus_trl import peak_mb
+    torch.set_num_threads(1)
+    model = make_model(64, vocabulary)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.randint(3, 512, (8, length // 8))
+    token_logprobs(model, ids[:, :4], None, torch.ones_like(ids[:, :4])).sum().backward()  # libraries are loaded
+    before = peak_mb()
+    token_logprobs(model, ids, None, torch.ones_like(ids)).sum().backward()
+    print(peak_mb() - before)
+
+
+def main() -> None:
+    import torch
+    torch.set_num_threads(1)
+    results = {"cost": [], "memory": [], "device": "cpu, 1 thread"}
+    for name in BASE:
+        costs = [cost(**{**BASE, name: BASE[name] * 2**i}) for i in range(4)]
+        for phase in ("rollout", "update"):
+            seconds = [c[phase] for c in costs]
+            row = {"doubled": name, "phase": phase, "from": BASE[name], "cpu_seconds": seconds,
+                   "growth": (seconds[-1] / seconds[0]) ** (1 / 3)}
+            results["cost"].append(row)
+            print(f"{name:10} {phase:8} {' '.join(f'{s:.3f}' for s in seconds)}  x {row['growth']:.2f}", flush=True)
+    for vocabulary, length in MEMORY:
+        done = subprocess.run([sys.executable, __file__, str(vocabulary), str(length)], capture_output=True, text=True,
+                              check=True)
+        row = {"vocabulary": vocabulary, "tokens": length, "added_mb": float(done.stdout.splitlines()[-1]),
+               "all_logits_mb": 4 * vocabulary * length / 2**20}
+        results["memory"].append(row)
+        print(f"vocabulary {vocabulary:6} x {length:5} tokens: {row['added_mb']:6.0f} MB added; "
+              f"all logits {row['all_logits_mb']:6.0f} MB", flush=True)
+    (ROOT / "benchmarks" / "results" / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    memory(*map(int, sys.argv[1:])) if len(sys.argv) > 1 else main()
