@@ -152,7 +152,7 @@ def best_of_n_metrics(n: int, proxy, gold, ended, tie, ref_gold) -> dict:
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def judged(rollout, rows, num_samples: int, proxy, gold, step: int) -> dict:
+def judged(rollout, rows, num_samples: int, proxy, gold) -> dict:
     """Scores of a rollout, [P, N] each. Equal answers are scored once: batching must not make them differ by 1e-7."""
     keys = [(i // num_samples, text) for i, text in enumerate(rollout.completions)]
     different = {key: number for number, key in enumerate(dict.fromkeys(keys))}
@@ -161,10 +161,6 @@ def judged(rollout, rows, num_samples: int, proxy, gold, step: int) -> dict:
     arguments = [row["prompt"] for row in scored_rows], completions, scored_rows
     result = {"proxy": proxy(*arguments).double()[number]}
     result["gold"] = gold(*arguments).double()[number] if gold else result["proxy"]
-    if not result["proxy"].isfinite().all():
-        i, text = keys[result["proxy"].isfinite().long().argmin()]
-        raise UserError(f"--reward-model: not a finite score for prompt {str(rows[i]['prompt'])[:80]!r}, completion "
-                        f"{text[:80]!r} (step {step}): train it with a lower --learning-rate")
     seen = set()
     first = torch.tensor([not (key in seen or seen.add(key)) for key in keys])
     result |= {"logps": rollout.logps.sum(1).cpu(), "first": first, "ended": rollout.ended}
@@ -200,10 +196,10 @@ def main(args: Args) -> None:
     nothing = torch.nn.Module()  # is trained
     done, memory = run.start(nothing, nothing)
 
-    def sample(rows, num_samples, step):
+    def sample(rows, num_samples):
         prompts = [row["prompt"] for row in rows]
         rollout = generate(model, tokenizer, prompts, num_samples, args.max_new_tokens, args.temperature)
-        return rollout, judged(rollout, rows, num_samples, proxy, gold, step)
+        return rollout, judged(rollout, rows, num_samples, proxy, gold)
 
     def kept(rollout, scores, rows, step, index):
         num_samples = scores["proxy"].shape[1]
@@ -212,7 +208,7 @@ def main(args: Args) -> None:
                  "proxy_reward": scores["proxy"][i, j].item()} for i, (row, j) in enumerate(zip(rows, index.tolist()))]
 
     if done == 0:  # one sample a prompt: the policy without any choice
-        rollout, scores = sample(rows, 1, 0)
+        rollout, scores = sample(rows, 1)
         reference = kept(rollout, scores, rows, 0, torch.zeros(len(rows), dtype=torch.long))
         memory = {"reference": reference, "best": [], "worst": [], "scores": []}
         run.log(0, reward=scores["gold"].mean().item(), proxy_reward=scores["proxy"].mean().item(), kl=0.0,
@@ -223,7 +219,7 @@ def main(args: Args) -> None:
     for step in bar:
         began = time.perf_counter()
         batch = slice(step * args.batch_size, (step + 1) * args.batch_size)
-        rollout, scores = sample(rows[batch], args.n, step + 1)
+        rollout, scores = sample(rows[batch], args.n)
         scores["tie"] = tie_probability(scores["proxy"], scores["logps"], scores["first"])
         memory["scores"].append({name: scores[name] for name in ("proxy", "gold", "ended", "tie")})
         best = kept(rollout, scores, rows[batch], step + 1, scores["proxy"].argmax(1))

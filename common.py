@@ -815,7 +815,8 @@ def report(run, evaluation: dict, samples: list[dict], reference_samples: list[d
         after[3] = f"{evaluation['win_rate']:.1%} ± {evaluation['win_rate_se']:.1%}"
     run.write_results(**evaluation)
     for pair in list(zip(reference_samples, samples))[:5]:
-        print(f"\n{str(pair[0]['prompt'])[-300:]}")
+        prompt = pair[0]["prompt"]
+        print(f"\n{prompt[-300:] if isinstance(prompt, str) else prompt[-1]['content'][-300:]}")
         for who, sample in zip(("reference", "trained"), pair):
             reward = f"{sample['reward']:+.2f} " if "reward" in sample else ""
             print(f"  {who:9} {reward}|{sample['completion'][:400]}")

@@ -300,16 +300,6 @@ def adapted_beta(beta: float, kl: float, target_kl: float | None) -> float:
     return beta if target_kl is None else beta * (1 + 0.1 * max(-0.2, min(0.2, kl / target_kl - 1)))
 
 
-def scored(proxy, prompts, completions, rows) -> torch.Tensor:
-    """Finite scores [n], or the prompt at fault."""
-    scores = proxy(prompts, completions, rows)
-    if not scores.isfinite().all():
-        bad = int(scores.isfinite().long().argmin())
-        raise UserError(f"--reward-model: score {scores[bad]} for prompt {str(prompts[bad])[:80]!r}, completion "
-                        f"{completions[bad][:80]!r}: train it with a lower --learning-rate")
-    return scores
-
-
 def explained_variance(values, returns, mask) -> float:
     """1: the critic knows the returns; 0: no more than their mean; below: less."""
     values, returns = values[mask], returns[mask]
@@ -380,7 +370,7 @@ def main(args: Args) -> None:
         evaluation["proxy_reward"] = evaluation["reward"]
         if gold and gold is not proxy:
             texts = ([sample[name] for sample in samples] for name in ("prompt", "completion"))
-            evaluation["proxy_reward"] = scored(proxy, *texts, eval_rows).mean().item()
+            evaluation["proxy_reward"] = proxy(*texts, eval_rows).mean().item()
         run.log(step, **({"loss": 0.0} if step == 0 else {}), **evaluation)  # ratio 1, and advantages of mean 0
         run.write("samples", *samples)
         return evaluation, samples
@@ -396,7 +386,7 @@ def main(args: Args) -> None:
         prompts, prompt_ids = [row["prompt"] for row in batch_rows], [rows[i][1][0][0][:-1] for i in plan[step]]
         rollout = generate(model, tokenizer, prompt_ids, 1, args.max_new_tokens, args.temperature)
         sampled = time.perf_counter()
-        scores = scored(proxy, prompts, rollout.completions, batch_rows)  # [B]
+        scores = proxy(prompts, rollout.completions, batch_rows)  # [B]
         truths = gold(prompts, rollout.completions, batch_rows) if gold and gold is not proxy else scores
         updates = update_plan(rollout, args)
         old_logps, ref_logps, old_values = before_the_update(model, reference, critic, rollout, updates, args)  # [B, T]

@@ -38,12 +38,12 @@ PROMPTS, N = 500, 16
 SELDOM = ["--eval-every", 10**6, "--eval-prompts", 100]  # the judgement comes at the end
 HELDOUT = DATA / "review_prompts_heldout.jsonl"
 RUNS = {
-    "PPO": ["ppo_rlhf.py", *SELDOM],
+    "PPO": ["ppo_rlhf.py", "--eval-every", 10**6],
     "GRPO": ["grpo.py", "--dataset", DATA / "review_prompts.jsonl", "--eval-dataset", HELDOUT, "--reward-model",
              ASSETS / "tiny-rm", "--beta", 0.5, "--no-scale", "--kl-correction", "--ratio", "sequence",
              "--group-size", 8, "--max-new-tokens", 64, "--eval-samples", 1, "--batch-size", 32, "--epochs", 2,
              "--learning-rate", 5e-4, *SELDOM],
-    "DPO": ["dpo.py", *SELDOM],
+    "DPO": ["dpo.py", "--eval-every", 10**6],
     f"best-of-{N}": ["best_of_n.py", "--n", N, "--split", f"train[:{PROMPTS}]"],
     "expert iteration": ["expert_iteration.py", "--eval-prompts", 100],
     "Quark": ["reward_conditioning.py", "--eval-prompts", 100],
