@@ -149,6 +149,7 @@ def test_a_copied_script_runs_anywhere(finished, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 ROW = {"prompt": "Review of The Lost King, a drama:", "chosen": " The plot is good.", "rejected": " The plot is bad."}
 REWARD = "def reward(prompts, completions, **columns):\n    "
 MISTAKES = {
@@ -193,7 +194,9 @@ MISTAKES = {
     "no shared prompt": ("dpo", ["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl"],
                          {"d.jsonl": [{"chosen": "x", "rejected": "y"}]}, "row 1"),
     "messages without a template": ("sft", ["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl"],
-                                    {"d.jsonl": [{"messages": [{"role": "user", "content": "a"}]}]}, "--chat-template"),
+                                    {"d.jsonl": [{"messages": TALK}]}, "--chat-template"),
+    "messages without an answer": ("sft", ["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl"],
+                                   {"d.jsonl": [{"messages": TALK[:1]}]}, "no assistant turn"),
     "a missing template": ("dpo", ["--chat-template", "none.jinja"], {}, "none.jinja"),
     "a prompt longer than the window": ("dpo", ["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl"],
                                         {"d.jsonl": [{**ROW, "prompt": "long " * 300}]}, "row 1"),
