@@ -15,7 +15,7 @@ choice among equals would have told: (1) and the chain rule give, with rho = F(<
 Every n = 1, 2, 4 ... N comes from one set of N samples a prompt, without bias: the mean over all subsets of n, which is
 a weighted mean of the sorted samples, weights C(k - 1, n - 1) / C(N, n) for the k-th (Nakano et al. 2021, appendix I).
 
-    python best_of_n.py                               # tiny-sft, chosen by tiny-rm, judged by the truth: about a minute
+    python best_of_n.py                               # tiny-sft, chosen by tiny-rm, judged by the truth: half a minute
     python best_of_n.py --reward-fn assets/rewards.py:sentiment       # chosen by the truth itself: many ties
     python best_of_n.py --n 16 --dataset assets/data/review_prompts.jsonl --split train     # data for sft.py and dpo.py
     python sft.py --model assets/tiny-sft --dataset runs/best_of_n/best.jsonl

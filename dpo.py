@@ -13,7 +13,7 @@ left is the maximum-likelihood loss of a policy, equation (7):
 
     L_DPO(theta) = -E log sigma( beta log pi_theta(y_w|x) / pi_ref(y_w|x) - beta log pi_theta(y_l|x) / pi_ref(y_l|x) )
 
-    python dpo.py                                                    # tiny-sft, 4,000 noisy comparisons: about a minute
+    python dpo.py                                                    # tiny-sft, 4,000 noisy comparisons: half a minute
     python dpo.py --beta 1.0                                         # closer to the reference
     python dpo.py --loss-type ipo
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-6

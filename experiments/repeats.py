@@ -43,7 +43,8 @@ def at_the_optimum() -> list[dict]:
     for name, beta in (("tiny-sft", 1e9), ("optimum, beta 1", 1.0), ("optimum, beta 0.7", 0.7)):
         kl, reward, _ = optimum(torch.zeros_like(rewards), rewards, beta)
         words, repeats = ((rewards / beta).softmax(1)[..., None] * said).sum(1).mean(0).tolist()
-        rows.append({"policy": name, "kl": kl.mean().item(), "reward": reward.mean().item(), "repeats": repeats / words})
+        rows.append({"policy": name, "kl": kl.mean().item(), "reward": reward.mean().item(),
+                     "repeats": repeats / words})
     return rows
 
 

@@ -53,11 +53,11 @@ def measure() -> list[dict]:
         for n in COMPARISONS:
             for seed in SEEDS:
                 name = f"{layers}x{width}-{n}-{seed}"
-                result = script("reward_model", RUNS / name, "--model", model, "--split", f"train[:{n}]", "--seed", seed,
-                                "--eval-every", 10**6, "--save-every", 10**6)
+                result = script("reward_model", RUNS / name, "--model", model, "--split", f"train[:{n}]",
+                                "--seed", seed, "--eval-every", 10**6, "--save-every", 10**6)
                 kept = ("accuracy", "log_loss", "rank_correlation", "bayes_accuracy", "bayes_log_loss")
-                points.append({"layers": layers, "width": width, "parameters": SIZES[layers, width], "comparisons": n,
-                               "seed": seed} | {key: result[key] for key in kept})
+                points.append({"layers": layers, "width": width, "parameters": SIZES[layers, width],
+                               "comparisons": n, "seed": seed} | {key: result[key] for key in kept})
     return points
 
 
@@ -81,7 +81,7 @@ def draw(points) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].axhline(points[0]["bayes_accuracy"], color="black", linestyle="--", label="who knows the gold rewards")
-    axes[0].legend(frameon=False)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(1, 0.1), frameon=False)
     figure.savefig(RESULTS / "rm_scaling.png", dpi=150)
 
 
@@ -89,7 +89,8 @@ def main() -> None:
     points = measure()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "rm_scaling.json").write_text(json.dumps({"points": points}, indent=1) + "\n")
-    print(f"held-out accuracy, mean of {len(SEEDS)} seeds (range); who knows the gold rewards: {points[0]['bayes_accuracy']:.1%}")
+    print(f"held-out accuracy, mean of {len(SEEDS)} seeds (range); who knows the gold rewards: "
+          f"{points[0]['bayes_accuracy']:.1%}")
     table = [["comparisons", *(f"{parameters / 1e6:.2f}M parameters" for parameters in SIZES.values())]]
     for n in COMPARISONS:
         cells = [mean_of(points, size, n, "accuracy") for size in SIZES]
