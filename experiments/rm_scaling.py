@@ -10,39 +10,29 @@ under runs/rm_scaling are not run again.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "assets"), str(ROOT)]
+from runs import ASSETS, RESULTS, ROOT, run
+
+sys.path[:0] = [str(ASSETS), str(ROOT)]
 
 from common import print_table  # noqa: E402
 
-RUNS, RESULTS = ROOT / "runs" / "rm_scaling", ROOT / "experiments" / "results"
+RUNS = ROOT / "runs" / "rm_scaling"
 SIZES = {(1, 32): 29_000, (2, 64): 132_000, (4, 128): 857_000}  # (layers, width): parameters
 COMPARISONS, SEEDS = [500, 1000, 2000, 4000], [0, 1, 2]
-
-
-def script(name: str, directory: Path, *flags) -> dict:
-    """Run a script once -> its results."""
-    if not (directory / "results.json").exists():
-        print(f"{name} -> {directory.name}", flush=True)
-        subprocess.run([sys.executable, ROOT / f"{name}.py", "--output-dir", directory, *map(str, flags)], check=True,
-                       stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return json.loads((directory / "results.json").read_text())
 
 
 def policy_of(layers: int, width: int) -> Path:
     """What tiny-sft is, in this size."""
     if (layers, width) == (4, 128):
-        return ROOT / "assets" / "tiny-sft"
+        return ASSETS / "tiny-sft"
     base, sft = RUNS / f"base-{layers}x{width}", RUNS / f"sft-{layers}x{width}"
     if not (sft / "results.json").exists():
         from make import make_base
         make_base(layers=layers, width=width, directory=base)
-        script("sft", sft, "--model", base)
+        run(sft, ["sft.py", "--model", base])
     return sft
 
 
@@ -53,8 +43,8 @@ def measure() -> list[dict]:
         for n in COMPARISONS:
             for seed in SEEDS:
                 name = f"{layers}x{width}-{n}-{seed}"
-                result = script("reward_model", RUNS / name, "--model", model, "--split", f"train[:{n}]",
-                                "--seed", seed, "--eval-every", 10**6, "--save-every", 10**6)
+                result = run(RUNS / name, ["reward_model.py", "--model", model, "--split", f"train[:{n}]", "--seed", seed,
+                                           "--eval-every", 10**6, "--save-every", 10**6])
                 kept = ("accuracy", "log_loss", "rank_correlation", "bayes_accuracy", "bayes_log_loss")
                 points.append({"layers": layers, "width": width, "parameters": SIZES[layers, width],
                                "comparisons": n, "seed": seed} | {key: result[key] for key in kept})
