@@ -126,7 +126,7 @@ def load_tokenizer(name: str, chat_template: str | None = None):
     with model_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: its tokenizer has no EOS token, so that no completion could end: name one as "
+        raise UserError(f"model {name}: its tokenizer has no EOS token, so that no completion could end: name one as "
                         "eos_token in its tokenizer_config.json")
     if chat_template is not None:
         if not Path(chat_template).is_file():
@@ -139,13 +139,15 @@ def load_tokenizer(name: str, chat_template: str | None = None):
 def model_errors(name: str):
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # transformers raises many kinds
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if Path(name).is_dir():
-            cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"--model {name}: cannot be loaded ({cause}): the directory must hold config.json, "
+            raise UserError(f"model {name}: cannot be loaded ({cause}): the directory must hold config.json, "
                             "*.safetensors and a tokenizer")
-        raise UserError(f"--model {name}: no such directory, and not within reach on the Hub: check the name, the "
-                        "network and HF_HUB_OFFLINE")
+        raise UserError(f"model {name}: no such directory, and not to be had from the Hub ({cause}): check the name, "
+                        "the network and HF_HUB_OFFLINE")
 
 
 def autocast(model):
@@ -717,6 +719,9 @@ def reward_from_model(name: str, args):
     tokenizer = load_tokenizer(name)
     if model.config.num_labels != 1:
         raise UserError(f"--reward-model {name}: has {model.config.num_labels} labels: a reward model has one")
+    if not hasattr(model, "score"):
+        raise UserError(f"--reward-model {name}: {model.config.model_type} has no head `score` on its last states: "
+                        "take a decoder")
 
     @torch.no_grad()
     def reward(prompts, completions, rows):
@@ -728,7 +733,7 @@ def reward_from_model(name: str, args):
             last = torch.tensor([len(encoded[i][0]) - 1 for i in group], device=model.device)
             with autocast(model):
                 hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-                rewards[group] = model.score(hidden[torch.arange(len(group)), last]).squeeze(-1).float().cpu()
+            rewards[group] = model.score(hidden[torch.arange(len(group)), last].float()).squeeze(-1).cpu()
         if not rewards.isfinite().all():
             bad = int(rewards.isfinite().long().argmin())
             raise UserError(f"--reward-model {name}: not a finite score for prompt {str(prompts[bad])[:80]!r}, "
@@ -753,7 +758,7 @@ def prompts_that_fit(rows, tokenizer, max_new_tokens: int, max_length: int) -> l
 
 @torch.no_grad()
 def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, step: int,
-                    prefix="") -> tuple[dict, list[dict]]:
+                    prefix="", reference=None) -> tuple[dict, list[dict]]:
     """One fresh sample for each row's prompt -> (metrics, samples): KL(pi || pi_ref) in nats a completion and, where
     there is a reward, its mean and the win rate against the reference's samples (None: these are the reference's).
     With a prefix in front of the policy's prompts the KL is that of pi(. | prefix, x) to pi_ref(. | x)."""
@@ -764,7 +769,7 @@ def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, ste
         rollout = generate(model, tokenizer, prefixed, 1, args.max_new_tokens, args.temperature)
     ref_rows = rollout.rows if not prefix else [make_row(encode_prompt(tokenizer, prompt), ids[mask.index(1):])
                                                 for prompt, (ids, mask) in zip(prompts, rollout.rows)]
-    reference = load_model(args.model, args.device, args.dtype)  # for a moment: training does not keep it in memory
+    reference = reference or load_model(args.model, args.device, args.dtype)  # for a moment, where training needs none
     log_ratios = (sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
                   - sequence_logprobs(reference, ref_rows, args.micro_batch_size, args.temperature))
     metrics = {"ended": rollout.ended.float().mean().item()}
@@ -861,7 +866,9 @@ class Run:
         if args.resume and self.checkpoint.exists():
             before = json.loads((self.dir / "args.json").read_text())
             for name, value in asdict(args).items():
-                if name not in ("resume", "device", "tensorboard", "output_dir") and before.get(name, value) != value:
+                free = ("resume", "device", "tensorboard", "output_dir", "micro_batch_size", "gradient_checkpointing",
+                        "reward_timeout")  # what an error line may ask to change
+                if name not in free and before.get(name, value) != value:
                     raise UserError(f"--resume: {self.dir} was started with --{name.replace('_', '-')} {before[name]}, "
                                     f"now it is {value}: give the same flags, or another --output-dir")
         if args.tensorboard:

@@ -22,8 +22,9 @@ the same, the intervals are not.
 
 A judge is a Python function of pairs, f(prompts, completions_a, completions_b, **columns) -> list with 1 where a is
 better, 0 where b is, 0.5 where neither: it then decides (1) and (3) instead of the reward. Which policy is its a
-changes from prompt to prompt. distinct-n is the share of different n-grams of words among all that a policy wrote (Li
-et al. 2016). Policies of reward_conditioning.py are asked for their best: their tokenizer knows the prefix.
+changes from prompt to prompt. distinct-n is the share of different n-grams of words among all that a policy wrote
+(after Li et al. 2016, who divide by words). Policies of reward_conditioning.py are asked for their best: their
+tokenizer knows the prefix.
 """
 
 import json

@@ -254,6 +254,8 @@ def add_gradients(model, rollout, mask, advantages, old_logps, ref_logps, rows, 
 
 def ratio_metrics(logps, old_logps, advantages, mask, args) -> dict:
     """Mean ratio, and the shares of tokens that the clipping leaves without a gradient on either side."""
+    if not mask.any():  # --mask-truncated, and all were
+        return {"ratio": 1.0, "clipped_low": 0.0, "clipped_high": 0.0}
     ratios = log_ratios(logps, old_logps, mask, args.ratio).exp()[mask]
     positive = (advantages[:, None] > 0).expand_as(mask)[mask]
     low, high = (ratios < 1 - args.clip_low) & ~positive, (ratios > 1 + args.clip_high) & positive
@@ -308,11 +310,12 @@ def with_timeout(function, seconds: float):
 @contextlib.contextmanager
 def keeping(run, step, model, optimizer, memory):
     """Where a reward function fails, the run ends, and --resume goes on from here, once it is mended."""
-    rng = torch.get_rng_state()
+    rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state_all()
     try:
         yield
     except UserError:
         torch.set_rng_state(rng)
+        torch.cuda.set_rng_state_all(cuda_rng)
         run.save_checkpoint(step, model, optimizer, memory)
         raise
 
@@ -375,11 +378,12 @@ def main(args: Args) -> None:
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     done, memory = run.start(model, optimizer)
-    judged_by = replace(args, reward_fn=" + ".join(args.reward_fn))  # evaluate_policy knows one function by its name
+    # evaluate_policy knows one function by its name
+    judged_by = replace(args, reward_fn=" + ".join(args.reward_fn) if weights.tolist() == [1.0] else "weighted")
 
     def evaluate(step):
         evaluation, samples = evaluate_policy(
-            model, tokenizer, eval_rows, reward, memory.get("reference"), judged_by, step
+            model, tokenizer, eval_rows, reward, memory.get("reference"), judged_by, step, reference=reference
         )
         evaluation |= pass_rates(model, tokenizer, eval_rows, reward, args, step)
         run.log(step, **({"loss": 0.0} if step == 0 else {}), **evaluation)  # ratio 1, and advantages that sum to 0

@@ -206,7 +206,7 @@ def value_loss(values, old_values, returns, mask, clip, total=None):
 def load_critic(args, tokenizer):
     """A sequence-classification model, whose head is read at every token."""
     name, how = args.critic_model or args.reward_model, (args.device, args.dtype, args.gradient_checkpointing)
-    if name and load_tokenizer(name).get_vocab() == tokenizer.get_vocab():
+    if name and tokenizer.get_vocab().items() <= load_tokenizer(name).get_vocab().items():  # it may have a pad more
         critic = load_model(name, *how, AutoModelForSequenceClassification)
         if critic.config.num_labels != 1:
             raise UserError(f"--critic-model {name}: has {critic.config.num_labels} labels: a critic has one")
@@ -233,9 +233,9 @@ def token_values(critic, input_ids, completion_mask):
 
 def update_plan(rollout, args) -> list[list[list[int]]]:
     """The rows of every mini-batch of a step's epochs, shuffled anew in each, as micro-batches."""
-    size, plan = -(-len(rollout.rows) // args.mini_batches), []
+    plan = []
     for _ in range(args.ppo_epochs):
-        for rows in torch.randperm(len(rollout.rows)).split(size):
+        for rows in torch.randperm(len(rollout.rows)).tensor_split(args.mini_batches):
             groups = micro_batches([len(rollout.rows[i][0]) for i in rows], args.micro_batch_size)
             plan.append([rows[group].tolist() for group in groups])
     return plan
@@ -355,7 +355,8 @@ def main(args: Args) -> None:
     rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {len(plan)} steps of {args.batch_size} completions, "
-          f"{args.ppo_epochs} x {args.mini_batches} updates each", flush=True)
+          f"{args.ppo_epochs} x {args.mini_batches} updates each; in the first {args.critic_warmup} the critic learns "
+          "alone", flush=True)
 
     networks = torch.nn.ModuleDict({"policy": model, "critic": critic})
     optimizer = torch.optim.AdamW([{"params": list(network.parameters())} for network in networks.values()],
@@ -365,7 +366,7 @@ def main(args: Args) -> None:
 
     def evaluate(step):
         evaluation, samples = evaluate_policy(
-            model, tokenizer, eval_rows, gold or proxy, memory.get("reference"), args, step
+            model, tokenizer, eval_rows, gold or proxy, memory.get("reference"), args, step, reference=reference
         )
         evaluation["proxy_reward"] = evaluation["reward"]
         if gold and gold is not proxy:

@@ -93,8 +93,8 @@ class Args:
     micro_batch_size: int | None = None
     """answers a forward pass; default: as many as fit into 4,096 padded tokens"""
     epochs: float | None = None
-    """passes over the comparisons' answers, by default 1.5; quark: updates of a round, as passes over as many answers as
-    it adds, by default 1"""
+    """passes over the comparisons' answers, by default 1.5; quark: updates of a round, as passes over as many answers
+    as it adds, by default 1"""
     max_steps: int | None = None
     """number of updates (quark: of a round), whatever --epochs says"""
     max_length: int | None = None
@@ -193,12 +193,13 @@ def load_data(args: Args, model, tokenizer):
         ids = encode_prompt(tokenizer, labelled(row["prompt"], best_label(args), args))
         return [make_row(ids, [0])]  # a token in the place of the completion
 
-    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
+    room = max_length - args.max_new_tokens + 1  # for a prompt with its label
+    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, room)]
     eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
     if args.method == "binary":
         encoded = encode_all(rows, args.dataset, encode_pair, max_length)
         return [cut_alike(*both) for _, (*good, bad, same) in encoded for both in (good, (bad, same))], eval_rows
-    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
+    rows = encode_all(rows, args.dataset, encode, room)
     return [row for row, _ in rows], eval_rows
 
 
@@ -285,7 +286,7 @@ def main(args: Args) -> None:
     def evaluate(step):
         prefix = labelled("", best_label(args), args) if step else ""  # before any update a label means nothing
         evaluation, samples = evaluate_policy(
-            model, tokenizer, eval_rows, gold or proxy, memory.get("reference"), args, step, prefix
+            model, tokenizer, eval_rows, gold or proxy, memory.get("reference"), args, step, prefix, reference
         )
         if proxy:
             texts = [sample["completion"] for sample in samples]

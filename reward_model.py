@@ -167,7 +167,8 @@ def centre(model, rows, micro_batch_size) -> None:
     along it, w <- w - (w mean h) u. (After a LayerNorm u h = 1 holds exactly, u ~ 1 / gain: the centred state sums to
     0; after an RMSNorm nearly.) The base is first rounded to the dtype that it will be saved in.
     """
-    model.base_model.to(model.saved_dtype).float()
+    for parameter in model.base_model.parameters():  # the rotary frequencies, which no file holds, stay exact
+        parameter.data = parameter.data.to(model.saved_dtype).float()
     hidden = all_hidden(model, rows, micro_batch_size).double()
     mean, covariance = hidden.mean(0), hidden.T.cov(correction=0)
     ridge = 1e-4 * covariance.trace() / len(mean)  # rows may be fewer than dimensions
