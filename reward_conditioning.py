@@ -193,13 +193,13 @@ def load_data(args: Args, model, tokenizer):
         ids = encode_prompt(tokenizer, labelled(row["prompt"], best_label(args), args))
         return [make_row(ids, [0])]  # a token in the place of the completion
 
-    room = max_length - args.max_new_tokens + 1  # for a prompt with its label
-    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, room)]
-    eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
+    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
+    room = max_length - len(encode_prompt(tokenizer, labelled("", best_label(args), args)))  # beside the label
+    eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, room)[: args.eval_prompts]
     if args.method == "binary":
         encoded = encode_all(rows, args.dataset, encode_pair, max_length)
         return [cut_alike(*both) for _, (*good, bad, same) in encoded for both in (good, (bad, same))], eval_rows
-    rows = encode_all(rows, args.dataset, encode, room)
+    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
     return [row for row, _ in rows], eval_rows
 
 
