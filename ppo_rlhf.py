@@ -20,7 +20,7 @@ and policy and critic follow the clipped losses of PPO, Schulman et al. (2017), 
 The optimum of (1) is pi* = pi_ref exp(r / beta) / Z; the tests hold PPO to it by enumeration. At pi* every advantage
 is 0, and whitening then blows up what is left of them: only the decay of the learning rate to 0 lets PPO settle there.
 
-    python ppo_rlhf.py                     # tiny-rm rewards tiny-sft, the truth judges: 0.0 -> 2.7; two minutes
+    python ppo_rlhf.py                     # tiny-rm rewards tiny-sft, the truth judges: 0.0 -> 2.6
     python ppo_rlhf.py --beta 1            # closer to the reference
     python ppo_rlhf.py --reward-fn assets/rewards.py:sentiment --critic-model assets/tiny-rm   # the truth rewards, too
     python ppo_rlhf.py --target-kl 3       # beta finds its own value
