@@ -29,7 +29,7 @@ tokenizer knows the prefix.
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace

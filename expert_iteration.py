@@ -17,7 +17,8 @@ small n and few rounds.
 
 Deviations: each round has prompts of its own while there are enough, where STaR goes through all of them; the policy
 goes on from where it is, where STaR starts each time from the base model; a prompt whose answers all score alike
-teaches nothing, and is left out (STaR: answers that fail the check); the optimizer's moments and the learning rate's decay go on through all rounds.
+teaches nothing, and is left out (STaR: answers that fail the check); the optimizer's moments and the
+learning rate's decay go on through all rounds.
 
 Data: prompts in `--prompt-column` (texts or lists of messages); every column reaches the reward function by its name.
 Expect of the first command, in 28 seconds of one processor: rounds that win 82%, 95% and 95% against the reference, at

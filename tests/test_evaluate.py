@@ -1,7 +1,6 @@
 """Evaluation: KL against the sum over all completions, Elo against bt_bandit.fit_bt, pairs by hand; run directory, mistakes."""
 
 import json
-import math
 import sys
 import time
 
