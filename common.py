@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 transformers.utils.logging.disable_progress_bar()
@@ -373,12 +374,14 @@ def generate(model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temper
     """
     encoded = [p if p and isinstance(p[0], int) else encode_prompt(tokenizer, p) for p in prompts]
     stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
+    draws = torch.rand(len(encoded), num_samples, max_new_tokens)  # a number for each token, whoever computes it when
     completions, logps = [], []
     per_pass = max(1, rows_at_once // num_samples)
     for start in range(0, len(encoded), per_pass):
+        here = slice(start, start + per_pass)
         with autocast(model):
-            tokens, token_logps, lengths = sample_rows(model, encoded[start:start + per_pass], num_samples,
-                                                       max_new_tokens, temperature, stops)
+            tokens, token_logps, lengths = sample_rows(model, encoded[here], draws[here].flatten(0, 1).to(model.device),
+                                                       temperature, stops)
         lengths = lengths.tolist()
         completions += [row[:n] for row, n in zip(tokens.tolist(), lengths)]
         logps += [row[:n] for row, n in zip(token_logps, lengths)]
@@ -394,16 +397,18 @@ def generate(model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temper
     return Rollout(rows, input_ids, completion_mask, logps, texts, torch.tensor(ended))
 
 
-def sample_rows(model, prompts, num_samples, max_new_tokens, temperature, stops):
-    """Token ids -> sampled tokens [B, max_new_tokens], their log-probabilities, lengths [B] up to the stop token."""
-    longest, device = max(map(len, prompts)), model.device
+def sample_rows(model, prompts, draws, temperature, stops):
+    """Token ids of P prompts, draws [B, max_new_tokens] from [0, 1), B a multiple of P -> sampled tokens [B,
+    max_new_tokens], their log-probabilities, lengths [B] up to the stop token."""
+    longest, device, max_new_tokens = max(map(len, prompts)), model.device, draws.shape[1]
     input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(max_new_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     with_cache = cache_arguments(model, cache)
     out = model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                 logits_to_keep=1, **with_cache)
-    row = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    row = torch.arange(len(prompts), device=device).repeat_interleave(len(draws) // len(prompts))
     cache.reorder_cache(row)  # each prompt's keys and values, once for each of its samples
     logits, mask = out.logits[row, -1], mask[row]
     live = torch.arange(len(row), device=device)  # which sample each row of the cache belongs to
@@ -412,7 +417,7 @@ def sample_rows(model, prompts, num_samples, max_new_tokens, temperature, stops)
     logps = torch.zeros(len(row), max_new_tokens, device=device)
     lengths = torch.full((len(row),), max_new_tokens, device=device)
     for t in range(max_new_tokens):
-        token, logp = sample_token(logits, temperature)
+        token, logp = sample_token(logits, temperature, draws[live, t])
         tokens[live, t], logps[live, t] = token, logp
         stopped = running & torch.isin(token, stops)
         lengths[live[stopped]] = t + 1
@@ -431,15 +436,37 @@ def sample_rows(model, prompts, num_samples, max_new_tokens, temperature, stops)
     return tokens, logps, lengths
 
 
-def sample_token(logits, temperature):
-    """[B, V] -> token [B] drawn from softmax(logits / temperature), and its log-probability [B] (nats)."""
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for the tokens to come: DynamicLayer copies all it has at every token."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.length, self.buffers = room, 0, None
+
+    def update(self, keys, values, *args, **kwargs):  # [B, heads, new tokens, head size]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.buffers = [x.new_empty(*x.shape[:2], x.shape[2] + self.room, x.shape[3]) for x in (keys, values)]
+        first, self.length = self.length, self.length + keys.shape[2]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, first:self.length] = new
+        self.keys, self.values = (buffer[:, :, :self.length] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, rows):
+        self.buffers = [buffer[rows] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :self.length] for buffer in self.buffers)
+
+
+def sample_token(logits, temperature, draw):
+    """logits [B, V], draw [B] from [0, 1) -> token [B], distributed as softmax(logits / temperature), and its
+    log-probability [B] (nats)."""
     logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token = logits.argmax(-1)
     else:  # by the inverse of the distribution function; the factor keeps the draw below its last value
         cdf = logps.exp().cumsum(-1)
-        draw = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:] * (1 - 2**-23)
-        token = torch.searchsorted(cdf, draw, right=True).squeeze(1)
+        token = torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:] * (1 - 2**-23), right=True).squeeze(1)
     return token, logps.gather(1, token[:, None]).squeeze(1)
 
 
