@@ -7,6 +7,8 @@ Nothing here is algorithmic. Conventions, for all of it:
   is masked, never token ids: pad may equal EOS or be missing, and what fills the padding is never read.
 * `logps` [B, T] holds at t the log-probability of the token *at* t given those before it (nats), 0 outside the mask.
 * Master weights and reductions are fp32; on a GPU the forward passes run under bf16 autocast. Dropout is always off.
+* Under torchrun every process runs the whole script on the same plan with the same random numbers. micro_batches() and
+  generate() give each its rows, summed() puts the parts together, and all go on with equal numbers.
 """
 
 import contextlib
@@ -17,8 +19,10 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,9 +31,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import safetensors
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
@@ -51,7 +59,14 @@ class UserError(Exception):
 def run_script(main, args_class) -> None:
     """Parse the command line into `args_class`, call main(args), and tell a user's mistake in one line on stderr."""
     try:
-        return main(parse_args(args_class))
+        args = parse_args(args_class)
+        join_processes()
+        main(args)
+        if torch.cuda.is_available():
+            print(f"peak GPU memory of a process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except UserError as error:
         message = str(error)
     except (OSError, safetensors.SafetensorError) as error:  # a full disk, a read-only directory
@@ -60,7 +75,17 @@ def run_script(main, args_class) -> None:
         message = "out of GPU memory: lower --micro-batch-size or --max-length, or pass --gradient-checkpointing"
     except KeyboardInterrupt:
         message = "interrupted: the same command with --resume goes on from the last checkpoint"
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    except RuntimeError as error:
+        if world()[1] == 1 or not re.search("gloo|nccl|onnection|imed out", f"{type(error)} {error}"):
+            raise
+        message = LOST
+    if int(os.environ.get("RANK", 0)) > 0:  # process 0 mostly says the same, and torchrun then ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if dist.is_initialized():  # the others may never answer a farewell
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 
@@ -92,6 +117,8 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
     """A Hub id or directory -> fp32 master weights, dropout off. save_model() writes the dtype that it came in."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -102,8 +129,10 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(config, key, 0.0)  # a policy with dropout is not the policy that sampled
-        model = kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True).to(device).eval()
-    model.saved_dtype = saved_dtype
+        model = kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True).eval()
+    model.saved_dtype, model.own_device = saved_dtype, device
+    if world()[1] == 1:
+        model.to(device)  # of many processes, none may have room for all of it: see shard()
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
     model.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     if gradient_checkpointing:
@@ -115,12 +144,17 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
 def save_model(model, tokenizer, directory) -> None:
     """Write Hugging Face files, rounded to the dtype that the model came in. `model` keeps the rounded weights: what is
     evaluated afterwards is what was saved."""
-    for parameter in model.parameters():  # not model.to(): the rotary frequencies, which no file holds, stay exact
-        parameter.data = parameter.data.to(model.saved_dtype)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
+    with torch.no_grad():
+        for parameter in in_parts(model).parameters():  # not model.to(): the rotary frequencies, in no file, stay exact
+            parameter.copy_(parameter.to(model.saved_dtype))
+    weights = whole(model.state_dict())
+    if world()[0] == 0:
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            weights[name] = weights[name].to(model.saved_dtype)
+        model.save_pretrained(directory, state_dict=weights)
+        model.config.dtype = model.saved_dtype
+        model.config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 def load_tokenizer(name: str, chat_template: str | None = None):
@@ -166,6 +200,117 @@ def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
     """Linear warm-up over the first tenth of the steps, then linear decay to 0."""
     warmup = max(1, round(0.1 * total_steps))
     return peak * min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
+
+
+# ------------------------------------------------------------------------------------------------------- many processes
+
+LOST = ("another process of this job ended or cannot be reached, its own message is above: the same command with "
+        "--resume goes on from the last checkpoint, with as many processes as you like")
+
+
+def world() -> tuple[int, int]:
+    """-> (rank of this process, number of processes): (0, 1) unless torchrun started more."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes() -> None:
+    """Find the other processes that torchrun started. Only the first one prints."""
+    if not dist.is_torchelastic_launched():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+        return
+
+    def ended(number, frame):  # torchrun's signal to the others when one has
+        raise UserError(LOST)
+
+    signal.signal(signal.SIGTERM, ended)
+
+
+def shard(model, args):
+    """FSDP2: each process keeps a part of the weights, of their gradients and of the optimizer's state, and has a
+    layer's weights whole while it computes with it. --replicas of the whole, such as one a node, make it HSDP. To be
+    called before an optimizer is made; with one process, nothing changes."""
+    can_pack(model)  # asks base_model, which alone must not be called once it is sharded
+    size = world()[1]
+    if size == 1:
+        return model
+    if size % args.replicas:
+        raise UserError(f"--replicas {args.replicas}: {size} processes cannot be divided among so many")
+    shape = (size,) if args.replicas == 1 else (args.replicas, size // args.replicas)
+    mesh = dist.init_device_mesh(model.own_device.type, shape)
+    policy = MixedPrecisionPolicy(param_dtype=model.autocast_dtype, reduce_dtype=torch.float32)
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by what the batches of all processes count
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    model.base_states = types.MethodType(base_states, model)
+    register_fsdp_forward_method(model, "base_states")
+    return model
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """All weights whole, on every process: each samples as long as its own rows need, and none waits for another."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the model itself comes first
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in sharded:
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
+def in_parts(model):
+    """The model with its own parts for parameters: FSDP leaves some whole after a forward pass without gradient."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model
+
+
+def whole(state):
+    """A state_dict, each tensor put together from its parts, on the CPU of the first process (None on the others)."""
+    def gather(x):
+        if not isinstance(x, DTensor):
+            return x
+        x = x.full_tensor()
+        return x.cpu() if world()[0] == 0 else None
+    return tree_map(gather, state)
+
+
+def own_part(x, parameter):
+    """What this process keeps of a whole tensor that belongs to `parameter`."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place: each has computed its rows, and has 0 at the others'."""
+    if world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def raise_together(message: str | None) -> None:
+    """A UserError on every process where one of them has a message: none waits for another that has stopped."""
+    messages = [message] * world()[1]
+    if len(messages) > 1:
+        dist.all_gather_object(messages, message)
+    for message in filter(None, messages):
+        raise UserError(message)
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """-> the norm of the gradient of all parameters, before it was clipped to max_norm."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 # ---------------------------------------------------------------------------------------------------- log-probabilities
@@ -282,6 +427,30 @@ def can_pack(model) -> bool:
     return model.packs
 
 
+def last_states(model, input_ids, needed):
+    """-> the last layer's states [N, D] of at least the needed tokens, and place [B, T]: which row of them is whose."""
+    with packed_rows(model, input_ids, needed) as (inputs, place), autocast(model):
+        states = getattr(model, "base_states", types.MethodType(base_states, model))(**inputs)
+    return states.flatten(0, 1), place
+
+
+def base_states(model, **inputs):
+    return model.base_model(**inputs).last_hidden_state
+
+
+def states_at_end(model, input_ids, completion_mask) -> torch.Tensor:
+    """The last layer's state at the last completion token of each row, found by its index: [B, T] -> [B, D]."""
+    last = completion_mask.shape[1] - 1 - completion_mask.flip(1).argmax(1)
+    needed = torch.arange(input_ids.shape[1], device=last.device) <= last[:, None]
+    states, place = last_states(model, input_ids, needed)
+    return states[place[torch.arange(len(last)), last]]
+
+
+def head_scores(model, states) -> torch.Tensor:
+    """The one-label head in fp32: in bf16 many scores would be equal. [..., D] -> [...]"""
+    return F.linear(states.float(), model.score.weight.float()).squeeze(-1)
+
+
 class TargetLogprobs(torch.autograd.Function):
     """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost, and
     its gradient, (1 at the target - softmax) / temperature: another [n, V] would take longer than its arithmetic."""
@@ -328,16 +497,22 @@ def pad_rows(rows: list[tuple[list[int], list[int]]], device="cpu"):
 
 def micro_batches(lengths: list[int], micro_batch_size: int | None, tokens: int = 4096) -> list[list[int]]:
     """Row numbers, sorted by length so that little is padding, in groups for one forward pass each: `micro_batch_size`
-    of them, or (None) as many as fit into `tokens` tokens, padding included."""
-    groups = []
+    of them, or (None) as many as fit into `tokens` tokens, padding included. Of many processes each gets its share of
+    every group: they make equally many passes, as FSDP demands."""
+    (rank, size), groups = world(), []
+    if len(lengths) < size:
+        raise UserError(f"{len(lengths)} rows for {size} processes: give at least one for each (--batch-size, "
+                        "--eval-prompts ...)")
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        fits = groups and (len(groups[-1]) < micro_batch_size if micro_batch_size else
-                           (len(groups[-1]) + 1) * lengths[row] <= tokens)
-        if fits:
+        fits = groups and (len(groups[-1]) < micro_batch_size * size if micro_batch_size else
+                           (len(groups[-1]) + 1) * lengths[row] <= tokens * size)
+        if fits or groups and len(groups[-1]) < size:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return groups
+    if len(groups[-1]) < size:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return [group[rank::size] for group in groups]
 
 
 @torch.no_grad()
@@ -347,7 +522,7 @@ def sequence_logprobs(model, rows, micro_batch_size=None, temperature=1.0) -> to
     for group in micro_batches([len(ids) for ids, _ in rows], micro_batch_size):
         input_ids, completion_mask = pad_rows([rows[i] for i in group], model.device)
         sums[group] = token_logprobs(model, input_ids, None, completion_mask, temperature).sum(1).cpu()
-    return sums
+    return summed(sums)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -375,25 +550,30 @@ def generate(model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temper
     encoded = [p if p and isinstance(p[0], int) else encode_prompt(tokenizer, p) for p in prompts]
     stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
     draws = torch.rand(len(encoded), num_samples, max_new_tokens)  # a number for each token, whoever computes it when
-    completions, logps = [], []
-    per_pass = max(1, rows_at_once // num_samples)
-    for start in range(0, len(encoded), per_pass):
-        here = slice(start, start + per_pass)
-        with autocast(model):
-            tokens, token_logps, lengths = sample_rows(model, encoded[here], draws[here].flatten(0, 1).to(model.device),
-                                                       temperature, stops)
-        lengths = lengths.tolist()
-        completions += [row[:n] for row, n in zip(tokens.tolist(), lengths)]
-        logps += [row[:n] for row, n in zip(token_logps, lengths)]
+    shape, (rank, size) = (len(encoded), num_samples), world()
+    tokens = torch.zeros(*shape, max_new_tokens, dtype=torch.long, device=model.device)
+    logps = torch.zeros(*shape, max_new_tokens, device=model.device)
+    lengths = torch.zeros(shape, dtype=torch.long, device=model.device)
+    own, per_pass = range(rank, len(encoded), size), max(1, rows_at_once // num_samples)
+    with unsharded(model), autocast(model):
+        for start in range(0, len(own), per_pass):
+            here = list(own[start:start + per_pass])
+            sampled = sample_rows(model, [encoded[i] for i in here], draws[here].flatten(0, 1).to(model.device),
+                                  temperature, stops)
+            for all_rows, rows in zip((tokens, logps, lengths), sampled):
+                all_rows[here] = rows.unflatten(0, (len(here), num_samples))
+    tokens, logps, lengths = (summed(x).flatten(0, 1) for x in (tokens, logps, lengths))  # [B, ...]
+    completions = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     rows = [make_row(encoded[i // num_samples], ids) for i, ids in enumerate(completions)]
     input_ids, completion_mask = pad_rows(rows, model.device)
     ended = [ids[-1] in stops for ids in completions]
     # SentencePiece drops the first space of a text, so a completion's text is what it adds to its prompt's.
-    whole = [ids[:-1] if end else ids for (ids, _), end in zip(rows, ended)]
-    texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    texts = [ids[:-1] if end else ids for (ids, _), end in zip(rows, ended)]
+    texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
     heads = [len(text) for text in tokenizer.batch_decode(encoded, skip_special_tokens=True)]
-    logps = torch.zeros(input_ids.shape, device=model.device).masked_scatter(completion_mask.bool(), torch.cat(logps))
     texts = [text[heads[i // num_samples]:] for i, text in enumerate(texts)]
+    sampled = torch.arange(max_new_tokens, device=model.device) < lengths[:, None]  # [B, max_new_tokens]
+    logps = torch.zeros(input_ids.shape, device=model.device).masked_scatter(completion_mask.bool(), logps[sampled])
     return Rollout(rows, input_ids, completion_mask, logps, texts, torch.tensor(ended))
 
 
@@ -679,13 +859,14 @@ def batches(num_rows: int, batch_size: int, epochs: float, max_steps: int | None
 # -------------------------------------------------------------------------------------------------------------- rewards
 
 
-def load_reward(args):
-    """--reward-fn or --reward-model -> reward(prompts, completions, rows) -> [n] fp32; None where neither is given."""
+def load_reward(args, wrap=lambda function: function):
+    """--reward-fn, with `wrap` around it, or --reward-model -> reward(prompts, completions, rows) -> [n] fp32; None
+    where neither is given."""
     if args.reward_fn and args.reward_model:
         raise UserError("--reward-fn and --reward-model: give one of them")
     if args.reward_model:
         return reward_from_model(args.reward_model, args)
-    return reward_from_function(args.reward_fn) if args.reward_fn else None
+    return reward_from_function(args.reward_fn, wrap) if args.reward_fn else None
 
 
 def as_answer(prompt, completion: str):
@@ -706,16 +887,16 @@ def load_function(flag: str, spec: str):
         raise UserError(f"{flag} {spec}: {type(error).__name__}: {error}: mend the file")
 
 
-def reward_from_function(spec: str):
-    """`FILE.py:function`, called in TRL's convention: f(prompts=..., completions=..., **columns) -> list of floats."""
-    function = load_function("--reward-fn", spec)
+def reward_from_function(spec: str, wrap=lambda function: function):
+    """`FILE.py:function`, called in TRL's convention: f(prompts=..., completions=..., **columns) -> list of floats.
+    `wrap` is put around it."""
+    function = wrap(load_function("--reward-fn", spec))
 
     def call(prompts, completions, rows):
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
         return torch.tensor([float(r) for r in function(prompts=prompts, completions=completions, **columns)])
 
-    def reward(prompts, completions, rows):
-        completions = [as_answer(p, c) for p, c in zip(prompts, completions)]
+    def checked(prompts, completions, rows):
         try:
             rewards = call(prompts, completions, rows)
         except Exception as whole_error:  # which none of them need raise alone
@@ -736,6 +917,17 @@ def reward_from_function(spec: str):
                                 f"{str(c)[:80]!r}: return finite numbers")
         return rewards
 
+    def reward(prompts, completions, rows):
+        rewards, (rank, size), message = torch.zeros(len(prompts)), world(), None
+        completions = [as_answer(p, c) for p, c in zip(prompts, completions)]
+        own = prompts[rank::size], completions[rank::size], rows[rank::size]
+        try:
+            rewards[rank::size] = checked(*own) if own[0] else torch.zeros(0)
+        except UserError as error:
+            message = str(error)
+        raise_together(message)
+        return summed(rewards)
+
     return reward
 
 
@@ -749,6 +941,7 @@ def reward_from_model(name: str, args):
     if not hasattr(model, "score"):
         raise UserError(f"--reward-model {name}: {model.config.model_type} has no head `score` on its last states: "
                         "take a decoder")
+    shard(model, args)
 
     @torch.no_grad()
     def reward(prompts, completions, rows):
@@ -756,11 +949,9 @@ def reward_from_model(name: str, args):
         encoded = [encode_row(tokenizer, p, as_answer(p, c), stops) for p, c in zip(prompts, completions)]
         rewards = torch.zeros(len(encoded))
         for group in micro_batches([len(ids) for ids, _ in encoded], args.micro_batch_size):
-            input_ids, _ = pad_rows([encoded[i] for i in group], model.device)
-            last = torch.tensor([len(encoded[i][0]) - 1 for i in group], device=model.device)
-            with autocast(model):
-                hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-            rewards[group] = model.score(hidden[torch.arange(len(group)), last].float()).squeeze(-1).cpu()
+            input_ids, mask = pad_rows([encoded[i] for i in group], model.device)
+            rewards[group] = head_scores(model, states_at_end(model, input_ids, mask)).cpu()
+        rewards = summed(rewards)
         if not rewards.isfinite().all():
             bad = int(rewards.isfinite().long().argmin())
             raise UserError(f"--reward-model {name}: not a finite score for prompt {str(prompts[bad])[:80]!r}, "
@@ -790,13 +981,14 @@ def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, ste
     there is a reward, its mean and the win rate against the reference's samples (None: these are the reference's).
     With a prefix in front of the policy's prompts the KL is that of pi(. | prefix, x) to pi_ref(. | x)."""
     prompts = [row["prompt"] for row in rows]
-    with torch.random.fork_rng():  # an evaluation must not change what training draws
+    with torch.random.fork_rng(devices=[]):  # an evaluation must not change what training draws
         torch.manual_seed(args.seed + 1000 * step)
         prefixed = [with_prefix(prompt, prefix) for prompt in prompts]
         rollout = generate(model, tokenizer, prefixed, 1, args.max_new_tokens, args.temperature)
     ref_rows = rollout.rows if not prefix else [make_row(encode_prompt(tokenizer, prompt), ids[mask.index(1):])
                                                 for prompt, (ids, mask) in zip(prompts, rollout.rows)]
-    reference = reference or load_model(args.model, args.device, args.dtype)  # for a moment, where training needs none
+    if reference is None:  # for a moment, where training needs none
+        reference = shard(load_model(args.model, args.device, args.dtype), args)
     log_ratios = (sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
                   - sequence_logprobs(reference, ref_rows, args.micro_batch_size, args.temperature))
     metrics = {"ended": rollout.ended.float().mean().item()}
@@ -894,11 +1086,11 @@ class Run:
             before = json.loads((self.dir / "args.json").read_text())
             for name, value in asdict(args).items():
                 free = ("resume", "device", "tensorboard", "output_dir", "micro_batch_size", "gradient_checkpointing",
-                        "reward_timeout")  # what an error line may ask to change
+                        "replicas", "reward_timeout")  # what an error line may ask to change
                 if name not in free and before.get(name, value) != value:
                     raise UserError(f"--resume: {self.dir} was started with --{name.replace('_', '-')} {before[name]}, "
                                     f"now it is {value}: give the same flags, or another --output-dir")
-        if args.tensorboard:
+        if args.tensorboard and world()[0] == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -908,22 +1100,23 @@ class Run:
     def start(self, model, optimizer) -> tuple[int, dict]:
         """-> (updates done, the `memory` given to save_checkpoint), with model, optimizer, random states and files as
         they were then; (0, {}) at the beginning. Only here is an earlier run in the same directory cleared away."""
-        state = {"step": 0, "memory": {}, "lengths": {"metrics": 0, "samples": 0}}
+        state, first = {"step": 0, "memory": {}, "lengths": {"metrics": 0, "samples": 0}}, world()[0] == 0
         if self.args.resume and self.checkpoint.exists():
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            model.load_state_dict(state["model"])
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=world()[1] > 1)
+            model.load_state_dict({name: own_part(state["model"][name], x) for name, x in model.state_dict().items()})
+            for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                moments = state["optimizer"]["state"].get(number, {})
+                moments |= {name: own_part(x, parameter) for name, x in moments.items()}
             optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            set_random_state(state["random"])
             print(f"resuming {self.dir} after update {state['step']}", flush=True)
-        else:
+        elif first:
             self.checkpoint.unlink(missing_ok=True)
             (self.dir / "results.json").unlink(missing_ok=True)
             write_atomically(self.dir / "args.json", json.dumps(asdict(self.args), indent=1).encode())
         for name, length in state["lengths"].items():
-            self.files[name] = open(self.dir / f"{name}.jsonl", "ab")
-            self.files[name].truncate(length)
+            self.files[name] = open(self.dir / f"{name}.jsonl" if first else os.devnull, "ab")
+            self.files[name].truncate(length) if first else None
         return state["step"], state["memory"]
 
     def log(self, step: int, **metrics) -> None:
@@ -936,21 +1129,33 @@ class Run:
         self.files[name].flush()
 
     def save_checkpoint(self, step: int, model, optimizer, memory: dict) -> None:
-        buffer = io.BytesIO()
-        torch.save({"step": step, "memory": memory, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
-                    "lengths": {name: file.tell() for name, file in self.files.items()}}, buffer)
-        write_atomically(self.checkpoint, buffer.getbuffer())
+        weights, moments, buffer = whole(in_parts(model).state_dict()), whole(optimizer.state_dict()), io.BytesIO()
+        if world()[0] == 0:
+            torch.save({"step": step, "memory": memory, "model": weights, "optimizer": moments,
+                        "lengths": {name: file.tell() for name, file in self.files.items()},
+                        "random": random_state()}, buffer)
+            write_atomically(self.checkpoint, buffer.getbuffer())
 
     def write_results(self, **results) -> None:
         results["seconds"] = time.time() - self.started
-        write_atomically(self.dir / "results.json", json.dumps(results, indent=1).encode())
+        if world()[0] == 0:
+            write_atomically(self.dir / "results.json", json.dumps(results, indent=1).encode())
 
     def check_finite(self, step: int, loss: float, grad_norm: float, rows: list[int]) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             saved = f"last good checkpoint: {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
             raise UserError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}, training rows {rows[:8]} ...; "
                             f"{saved}: lower --learning-rate")
+
+
+def random_state() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0].clone())
+    if len(state) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1])
 
 
 def write_atomically(path: Path, data) -> None:

@@ -33,10 +33,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, batches, comparison, encode_all, encode_row, evaluate_policy, hold_out,
-                    learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, max_row_length,
-                    micro_batches, pad_rows, progress_bar, prompts_that_fit, report, run_script, save_model, stop_ids,
-                    token_logprobs)
+from common import (ASSETS, Run, UserError, batches, clip_gradients, comparison, encode_all, encode_row,
+                    evaluate_policy, hold_out, learning_rate_at, load_model, load_reward, load_rows, load_tokenizer,
+                    max_row_length, micro_batches, pad_rows, progress_bar, prompts_that_fit, report, run_script,
+                    save_model, shard, stop_ids, summed, token_logprobs)
 
 
 @dataclass
@@ -95,6 +95,8 @@ class Args:
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's template"""
     tensorboard: bool = False
@@ -158,7 +160,7 @@ def all_pair_logprobs(model, pairs, args: Args) -> torch.Tensor:
     logps = torch.zeros(len(pairs), 2)
     for group in micro_batches([pair_length(pair) for pair in pairs], args.micro_batch_size):
         logps[group] = pair_logprobs(model, [pairs[i] for i in group], args.temperature).cpu()
-    return logps
+    return summed(logps)
 
 
 def pair_length(pair) -> int:
@@ -191,6 +193,7 @@ def main(args: Args) -> None:
     plan = batches(len(pairs), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(pairs)} comparisons, {len(eval_pairs)} held out; {len(plan)} updates of {args.batch_size}", flush=True)
 
+    shard(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     done, memory = run.start(model, optimizer)
 
@@ -216,14 +219,15 @@ def main(args: Args) -> None:
         began = time.perf_counter()
         batch = [pairs[i] for i in plan[step]]
         ref_logps = memory["ref_logps"][plan[step]].to(model.device)  # [B, 2]
-        parts = []
+        results = torch.zeros(5, len(batch), device=model.device)
         for group in micro_batches([pair_length(pair) for pair in batch], args.micro_batch_size):
             logps = pair_logprobs(model, [batch[i] for i in group], args.temperature)  # [b, 2]
             losses, *rewards = dpo_loss(*logps.T, *ref_logps[group].T, args.beta, args.label_smoothing, args.loss_type)
             (losses.sum() / len(batch)).backward()
-            parts.append((losses.detach(), *rewards, logps.detach()))
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        metrics = preference_metrics(*map(torch.cat, zip(*parts)))
+            results[:, group] = torch.stack([losses.detach(), *rewards, *logps.detach().T])
+        losses, *rewards, chosen_logps, rejected_logps = summed(results)
+        metrics = preference_metrics(losses, *rewards, torch.stack([chosen_logps, rejected_logps], 1))
+        grad_norm = clip_gradients(model, args.max_grad_norm)
         run.check_finite(step, metrics["loss"], grad_norm, plan[step])
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(plan), args.learning_rate)
         optimizer.step()

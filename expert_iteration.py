@@ -31,10 +31,10 @@ from typing import Literal
 
 import torch
 
-from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_prompt, evaluate_policy, generate,
-                    hold_out, learning_rate_at, load_model, load_rows, load_tokenizer, make_row, max_row_length,
-                    micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit, report, reward_from_function,
-                    reward_from_model, run_script, save_model, token_logprobs)
+from common import (ASSETS, Run, UserError, batches, clip_gradients, column, encode_all, encode_prompt, evaluate_policy,
+                    generate, hold_out, learning_rate_at, load_model, load_rows, load_tokenizer, make_row,
+                    max_row_length, micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit, report,
+                    reward_from_function, reward_from_model, run_script, save_model, shard, summed, token_logprobs)
 
 
 @dataclass
@@ -95,6 +95,8 @@ class Args:
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's template"""
     tensorboard: bool = False
@@ -170,6 +172,7 @@ def main(args: Args) -> None:
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {args.rounds} rounds of {len(chosen[0])} prompts x "
           f"{args.n} answers, {steps} updates of {args.batch_size} each", flush=True)
 
+    shard(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     done, memory = run.start(model, optimizer)
 
@@ -204,15 +207,16 @@ def main(args: Args) -> None:
             micro_loss = sft_loss(logps, mask) * (mask.sum() / tokens)
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        run.check_finite(step, loss.item(), grad_norm, indices)
+        loss = summed(loss).item()
+        grad_norm = clip_gradients(model, args.max_grad_norm)
+        run.check_finite(step, loss, grad_norm, indices)
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, args.rounds * steps, args.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
 
-        run.log(step + 1, loss=loss.item(), grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
+        run.log(step + 1, loss=loss, grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
                 tokens_per_s=sum(len(ids) for ids, _ in batch) / (time.perf_counter() - began))
-        shown["loss"] = f"{loss.item():.3f}"
+        shown["loss"] = f"{loss:.3f}"
         if turn + 1 == steps and number + 1 < args.rounds:
             evaluation, _ = evaluate(step + 1, number + 1)
             memory["rounds"].append(evaluation)

@@ -39,10 +39,11 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, batches, column, encode_all, encode_prompt, evaluate_policy, generate,
-                    hold_out, learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, make_row,
+from common import (ASSETS, Run, UserError, batches, clip_gradients, column, encode_all, encode_prompt, evaluate_policy,
+                    generate, hold_out, learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, make_row,
                     max_row_length, mean_and_se, micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit,
-                    report, run_script, save_model, token_logprobs)
+                    random_state, report, run_script, save_model, set_random_state, shard, summed, token_logprobs,
+                    world)
 
 
 @dataclass
@@ -125,6 +126,8 @@ class Args:
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's template"""
     tensorboard: bool = False
@@ -213,8 +216,9 @@ def loss_total(mask, args) -> int:
 
 def rows_to_learn_from(advantages, mask, beta) -> list[int]:
     """Where neither advantage nor KL has a gradient, a row needs no pass: with beta 0, all of a group whose rewards are
-    equal. One row always stays, so that there is a gradient, of zeros, for the optimizer's moments."""
-    return (mask.any(1) & ((advantages != 0) | (beta > 0))).nonzero().flatten().tolist() or [0]
+    equal. One row for each process always stays, and if its gradient is zeros."""
+    learn = (mask.any(1) & ((advantages != 0) | (beta > 0))).long()
+    return learn.argsort(descending=True, stable=True)[:max(learn.sum(), world()[1])].tolist()
 
 
 def completion_logprobs(model, rollout, rows, temperature):
@@ -249,7 +253,7 @@ def add_gradients(model, rollout, mask, advantages, old_logps, ref_logps, rows, 
         )
         part.backward()
         loss = loss + part.detach()
-    return float(loss), all_logps
+    return summed(loss).item(), summed(all_logps)
 
 
 def ratio_metrics(logps, old_logps, advantages, mask, args) -> dict:
@@ -269,7 +273,7 @@ def reference_logprobs(reference, rollout, args) -> torch.Tensor:
     logps = torch.zeros_like(rollout.logps)
     for group in groups_of_rows(rollout, list(range(len(logps))), args) if reference else ():
         logps[group] = completion_logprobs(reference, rollout, group, args.temperature)
-    return logps
+    return summed(logps)
 
 
 # -------------------------------------------------------------------------------------------------------------- rewards
@@ -277,29 +281,27 @@ def reference_logprobs(reference, rollout, args) -> torch.Tensor:
 
 def load_rewards(args):
     """-> reward(prompts, completions, rows) -> [n, number of functions], and their weights."""
-    functions = [load_reward(replace(args, reward_fn=spec)) for spec in args.reward_fn or [None]]
-    if functions == [None]:
+    if not (args.reward_fn or args.reward_model):
         raise UserError("no reward: give --reward-fn FILE.py:function or --reward-model")
+    functions = [load_reward(replace(args, reward_fn=spec), lambda f: with_timeout(f, args.reward_timeout))
+                 for spec in args.reward_fn or [None]]
     weights = args.reward_weights or [1.0] * len(functions)
     if len(weights) != len(functions):
         raise UserError(f"--reward-weights: {len(weights)} for {len(functions)} reward functions: give one for each")
-    if args.reward_fn:
-        functions = [with_timeout(function, args.reward_timeout) for function in functions]
     return (lambda *inputs: torch.stack([function(*inputs) for function in functions], 1)), torch.tensor(weights)
 
 
 def with_timeout(function, seconds: float):
-    """TimeoutError inside the function, seconds after each call; and again, so that the search for the prompt at fault,
-    which calls it on one after the other, ends too."""
+    """TimeoutError inside the function, seconds after each call."""
 
     def late(number, frame):
         raise TimeoutError(f"no result within {seconds:g} seconds (--reward-timeout)")
 
-    def call(*inputs):
+    def call(**inputs):
         before = signal.signal(signal.SIGALRM, late)
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            return function(*inputs)
+            return function(**inputs)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -310,12 +312,11 @@ def with_timeout(function, seconds: float):
 @contextlib.contextmanager
 def keeping(run, step, model, optimizer, memory):
     """Where a reward function fails, the run ends, and --resume goes on from here, once it is mended."""
-    rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    before = random_state()
     try:
         yield
     except UserError:
-        torch.set_rng_state(rng)
-        torch.cuda.set_rng_state_all(cuda_rng)
+        set_random_state(before)
         run.save_checkpoint(step, model, optimizer, memory)
         raise
 
@@ -324,7 +325,7 @@ def keeping(run, step, model, optimizer, memory):
 def pass_rates(model, tokenizer, rows, reward, args, step: int) -> dict:
     """pass@1 and pass@k from k samples of each prompt, and the accuracy of greedy completions."""
     prompts, k = [row["prompt"] for row in rows], args.eval_samples
-    with torch.random.fork_rng():  # an evaluation must not change what training draws
+    with torch.random.fork_rng(devices=[]):  # an evaluation must not change what training draws
         torch.manual_seed(args.seed + 1000 * step + 500)
         sampled = generate(model, tokenizer, prompts, k, args.max_new_tokens, args.temperature).completions
         greedy = generate(model, tokenizer, prompts, 1, args.max_new_tokens, 0.0).completions
@@ -353,7 +354,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
-    reference = load_model(args.model, args.device, args.dtype) if args.beta else None
+    reference = shard(load_model(args.model, args.device, args.dtype), args) if args.beta else None
     max_length = max_row_length(model, args.max_length)
     rewards_of, weights = load_rewards(args)
 
@@ -374,6 +375,7 @@ def main(args: Args) -> None:
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {len(plan)} rollouts of {args.batch_size} x "
           f"{args.group_size} completions, {args.updates_per_rollout} update(s) each", flush=True)
 
+    shard(model, args)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -417,7 +419,7 @@ def main(args: Args) -> None:
             loss, logps = add_gradients(model, rollout, mask, advantages, old_logps, ref_logps, learn, total, args)
             old_logps = logps if old_logps is None else old_logps
             ratios.append(ratio_metrics(logps[learn], old_logps[learn], advantages[learn], mask[learn], args))
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            grad_norm = clip_gradients(model, args.max_grad_norm)
             run.check_finite(step, loss, grad_norm, plan[step])
             optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(plan), args.learning_rate)
             optimizer.step()

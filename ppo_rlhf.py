@@ -59,10 +59,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, autocast, batches, column, encode_all, encode_prompt, evaluate_policy,
-                    generate, hold_out, learning_rate_at, load_model, load_rows, load_tokenizer, make_row,
-                    max_row_length, micro_batches, pad_rows, progress_bar, prompts_that_fit, report,
-                    reward_from_function, reward_from_model, run_script, save_model, token_logprobs)
+from common import (ASSETS, Run, UserError, batches, clip_gradients, column, encode_all, encode_prompt, evaluate_policy,
+                    generate, head_scores, hold_out, last_states, learning_rate_at, load_model, load_rows,
+                    load_tokenizer, make_row, max_row_length, micro_batches, pad_rows, progress_bar, prompts_that_fit,
+                    report, reward_from_function, reward_from_model, run_script, save_model, shard, summed,
+                    token_logprobs)
 
 from transformers import AutoModelForSequenceClassification  # after common, which keeps transformers quiet
 
@@ -149,6 +150,8 @@ class Args:
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's template"""
     tensorboard: bool = False
@@ -223,21 +226,21 @@ def load_critic(args, tokenizer):
 def token_values(critic, input_ids, completion_mask):
     """V of the state in which each completion token is chosen, which the token before it ends -> [B, T] fp32, 0
     elsewhere."""
-    with autocast(critic):
-        hidden = critic.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-    return F.pad(critic.score(hidden[:, :-1].float()).squeeze(2), (1, 0)) * completion_mask
+    needed = F.pad(completion_mask[:, 1:].flip(1).cumsum(1).flip(1) > 0, (0, 1))  # a completion token comes after
+    states, place = last_states(critic, input_ids, needed)
+    return F.pad(head_scores(critic, states)[place[:, :-1]], (1, 0)) * completion_mask
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-def update_plan(rollout, args) -> list[list[list[int]]]:
-    """The rows of every mini-batch of a step's epochs, shuffled anew in each, as micro-batches."""
+def update_plan(rollout, args) -> list[tuple[list[int], list[list[int]]]]:
+    """Every mini-batch of a step's epochs, shuffled anew in each: its rows, and as micro-batches (this process's)."""
     plan = []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(len(rollout.rows)).tensor_split(args.mini_batches):
             groups = micro_batches([len(rollout.rows[i][0]) for i in rows], args.micro_batch_size)
-            plan.append([rows[group].tolist() for group in groups])
+            plan.append((rows.tolist(), [rows[group].tolist() for group in groups]))
     return plan
 
 
@@ -246,19 +249,20 @@ def before_the_update(model, reference, critic, rollout, plan, args):
     """-> old_logps, ref_logps, old_values [B, T], by the forward passes of the first epoch: the ratio of its first
     mini-batch is exactly 1, which the rollout's log-probabilities, computed token by token, would miss by rounding."""
     old_logps, ref_logps, old_values = (torch.zeros_like(rollout.logps) for _ in range(3))
-    for group in (group for groups in plan[:len(plan) // args.ppo_epochs] for group in groups):
+    for group in (group for _, groups in plan[:len(plan) // args.ppo_epochs] for group in groups):
         input_ids, mask = pad_rows([rollout.rows[i] for i in group], model.device)
         width = mask.shape[1]
         old_logps[group, :width] = token_logprobs(model, input_ids, None, mask, args.temperature)
         ref_logps[group, :width] = token_logprobs(reference, input_ids, None, mask, args.temperature)
         old_values[group, :width] = token_values(critic, input_ids, mask)
-    return old_logps, ref_logps, old_values
+    return summed(old_logps), summed(ref_logps), summed(old_values)
 
 
-def add_gradients(model, critic, rollout, old_logps, old_values, advantages, returns, groups, args):
-    """Add the gradients of a mini-batch, micro-batch by micro-batch -> what is logged. model None: the critic's."""
+def add_gradients(model, critic, rollout, old_logps, old_values, advantages, returns, rows, groups, args):
+    """Add the gradients of a mini-batch of `rows`, micro-batch by micro-batch -> what is logged. model None: the
+    critic's."""
     stats = torch.zeros(6, device=critic.device)
-    total = rollout.completion_mask[sum(groups, [])].sum()
+    total = rollout.completion_mask[rows].sum()
     for group in groups:
         input_ids, mask = pad_rows([rollout.rows[i] for i in group], critic.device)
         old, value, advantage, target = (x[group, :mask.shape[1]] for x in (old_logps, old_values, advantages, returns))
@@ -274,16 +278,15 @@ def add_gradients(model, critic, rollout, old_logps, old_values, advantages, ret
                      (values - value).abs() > args.clip_value]
             stats += torch.stack(losses + [(x * mask).sum() / total for x in moved])
     names = ("loss", "value_loss", "ratio", "clip_fraction", "update_kl", "value_clip_fraction")
-    return dict(zip(names, stats.tolist()))
+    return dict(zip(names, summed(stats).tolist()))
 
 
 def update(model, critic, optimizer, rollout, old_logps, old_values, advantages, returns, plan, args, check):
     """All mini-batches of a step -> what is logged of each, up to where --max-update-kl stops them."""
     done = []
-    for groups in plan:
-        stats = add_gradients(model, critic, rollout, old_logps, old_values, advantages, returns, groups, args)
-        norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm).item()
-                 for network in (model, critic) if network]
+    for rows, groups in plan:
+        stats = add_gradients(model, critic, rollout, old_logps, old_values, advantages, returns, rows, groups, args)
+        norms = [clip_gradients(network, args.max_grad_norm) for network in (model, critic) if network]
         stats |= {"grad_norm": norms[0] if model else 0.0, "value_grad_norm": norms[-1]}
         check(stats["loss"] + stats["value_loss"], sum(norms))
         done.append(stats)
@@ -337,7 +340,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
-    reference = load_model(args.model, args.device, args.dtype)
+    reference = shard(load_model(args.model, args.device, args.dtype), args)
     max_length = max_row_length(model, args.max_length)
     gold = reward_from_function(args.reward_fn) if args.reward_fn else None
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
@@ -358,6 +361,8 @@ def main(args: Args) -> None:
           f"{args.ppo_epochs} x {args.mini_batches} updates each; in the first {args.critic_warmup} the critic learns "
           "alone", flush=True)
 
+    shard(model, args)
+    shard(critic, args)
     networks = torch.nn.ModuleDict({"policy": model, "critic": critic})
     optimizer = torch.optim.AdamW([{"params": list(network.parameters())} for network in networks.values()],
                                   lr=args.learning_rate, weight_decay=0.0, fused=True)

@@ -44,11 +44,11 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, autocast, batches, column, comparison, encode_all, encode_prompt,
-                    encode_row, evaluate_policy, generate, hold_out, learning_rate_at, load_model, load_rows,
-                    load_tokenizer, logits_of, make_row, max_row_length, micro_batches, own_prefix, pad_rows,
-                    print_table, progress_bar, prompts_that_fit, report, reward_from_function, reward_from_model,
-                    run_script, save_model, stop_ids, with_prefix)
+from common import (ASSETS, Run, UserError, autocast, batches, clip_gradients, column, comparison, encode_all,
+                    encode_prompt, encode_row, evaluate_policy, generate, hold_out, last_states, learning_rate_at,
+                    load_model, load_rows, load_tokenizer, logits_of, make_row, max_row_length, micro_batches,
+                    own_prefix, pad_rows, print_table, progress_bar, prompts_that_fit, report, reward_from_function,
+                    reward_from_model, run_script, save_model, shard, stop_ids, summed, with_prefix)
 
 
 @dataclass
@@ -121,6 +121,8 @@ class Args:
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's template"""
     tensorboard: bool = False
@@ -165,9 +167,10 @@ def vocabulary_logprobs(model, rows, temperature: float):
     """Rows (ids, mask) -> log-probabilities of the whole vocabulary where a completion's token is predicted [N, V], and
     these tokens [N]; in the order of rows and positions, so that rows with other prompts line up."""
     input_ids, mask = pad_rows(rows, model.device)
+    predicts = F.pad(mask[:, 1:], (0, 1)).bool()  # a completion's token comes next
+    states, place = last_states(model, input_ids, predicts.flip(1).cumsum(1).flip(1) > 0)
     with autocast(model):
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-        logits = logits_of(model, hidden[:, :-1][mask[:, 1:].bool()])  # [N, V]
+        logits = logits_of(model, states[place[predicts]])  # [N, V]
     return F.log_softmax(logits.float() / temperature, -1), input_ids[:, 1:][mask[:, 1:].bool()]
 
 
@@ -263,7 +266,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
-    reference = load_model(args.model, args.device, args.dtype) if args.beta else None
+    reference = shard(load_model(args.model, args.device, args.dtype), args) if args.beta else None
     gold = reward_from_function(args.reward_fn) if args.reward_fn else None
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
     data, eval_rows = load_data(args, model, tokenizer)
@@ -280,6 +283,7 @@ def main(args: Args) -> None:
         print(f"{len(data)} labelled answers, {len(eval_rows)} held-out prompts; {steps} updates of {args.batch_size}",
               flush=True)
 
+    shard(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     done, memory = run.start(model, optimizer)
 
@@ -313,7 +317,7 @@ def main(args: Args) -> None:
         began = time.perf_counter()
         indices = batches(len(answers), args.batch_size, 1, steps, args.seed + number)[turn]
         batch = [answers[i] for i in indices]
-        tokens, loss, kl = sum(sum(mask) for (_, mask), _ in batch), 0.0, 0.0
+        tokens, losses = sum(sum(mask) for (_, mask), _ in batch), torch.zeros(2, device=model.device)
         for group in micro_batches([len(ids) for (ids, _), _ in batch], args.micro_batch_size):
             with_label, without = zip(*(batch[i] for i in group))
             logps, targets = vocabulary_logprobs(model, with_label, args.temperature)  # [N, V], [N]
@@ -321,8 +325,9 @@ def main(args: Args) -> None:
                 ref_logps = vocabulary_logprobs(reference, without, args.temperature)[0] if reference else None
             micro_loss, micro_kl = conditioning_loss(logps, ref_logps, targets, args.beta)
             (micro_loss / tokens).backward()
-            loss, kl = loss + micro_loss.item() / tokens, kl + micro_kl.item() / tokens
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            losses += torch.stack([micro_loss.detach(), micro_kl]) / tokens
+        loss, kl = summed(losses).tolist()
+        grad_norm = clip_gradients(model, args.max_grad_norm)
         run.check_finite(step, loss, grad_norm, indices)
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, rounds * steps, args.learning_rate)
         optimizer.step()

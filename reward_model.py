@@ -40,9 +40,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, autocast, batches, column, comparison, encode_all, encode_row, hold_out,
-                    learning_rate_at, load_model, load_rows, load_tokenizer, max_row_length, micro_batches,
-                    packed_rows, pad_rows, print_table, progress_bar, reward_from_function, run_script, save_model)
+from common import (ASSETS, Run, UserError, batches, clip_gradients, column, comparison, encode_all, encode_row,
+                    head_scores, hold_out, in_parts, learning_rate_at, load_model, load_rows, load_tokenizer,
+                    max_row_length, micro_batches, own_part, pad_rows, print_table, progress_bar, reward_from_function,
+                    run_script, save_model, shard, states_at_end, summed)
 
 from transformers import AutoModelForSequenceClassification  # after common, which keeps transformers quiet
 
@@ -96,6 +97,8 @@ class Args:
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's template"""
     tensorboard: bool = False
@@ -135,27 +138,18 @@ def add_head(model, tokenizer) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def last_hidden(model, input_ids, completion_mask) -> torch.Tensor:
-    """The last layer's state at the last completion token of each row, found by its index: [B, T] -> [B, D] fp32."""
-    last = completion_mask.shape[1] - 1 - completion_mask.flip(1).argmax(1)
-    needed = torch.arange(input_ids.shape[1], device=last.device) <= last[:, None]
-    with packed_rows(model, input_ids, needed) as (inputs, place), autocast(model):
-        hidden = model.base_model(**inputs).last_hidden_state
-    return hidden.flatten(0, 1)[place[torch.arange(len(last)), last]].float()
-
-
 def scores(model, rows) -> torch.Tensor:
-    """[(ids, mask)] -> r_theta(x, y) [B], in one forward pass. The head is fp32: in bf16 many scores would be equal."""
-    return model.score(last_hidden(model, *pad_rows(rows, model.device))).squeeze(1)
+    """[(ids, mask)] -> r_theta(x, y) [B], in one forward pass."""
+    return head_scores(model, states_at_end(model, *pad_rows(rows, model.device)))
 
 
 @torch.no_grad()
 def all_hidden(model, rows, micro_batch_size) -> torch.Tensor:
-    """last_hidden of any number of rows, without gradient -> [n, D]."""
+    """The states from which any number of rows are scored, without gradient -> [n, D] fp32."""
     hidden = torch.zeros(len(rows), model.score.in_features, device=model.device)
     for group in micro_batches([len(ids) for ids, _ in rows], micro_batch_size):
-        hidden[group] = last_hidden(model, *pad_rows([rows[i] for i in group], model.device))
-    return hidden
+        hidden[group] = states_at_end(model, *pad_rows([rows[i] for i in group], model.device)).float()
+    return summed(hidden)
 
 
 @torch.no_grad()
@@ -167,15 +161,17 @@ def centre(model, rows, micro_batch_size) -> None:
     along it, w <- w - (w mean h) u. (After a LayerNorm u h = 1 holds exactly, u ~ 1 / gain: the centred state sums to
     0; after an RMSNorm nearly.) The base is first rounded to the dtype that it will be saved in.
     """
-    for parameter in model.base_model.parameters():  # the rotary frequencies, which no file holds, stay exact
-        parameter.data = parameter.data.to(model.saved_dtype).float()
+    for parameter in in_parts(model).base_model.parameters():  # the rotary frequencies, in no file, stay exact
+        parameter.copy_(parameter.to(model.saved_dtype))
     hidden = all_hidden(model, rows, micro_batch_size).double()
     mean, covariance = hidden.mean(0), hidden.T.cov(correction=0)
     ridge = 1e-4 * covariance.trace() / len(mean)  # rows may be fewer than dimensions
     direction = torch.linalg.solve(covariance + ridge * torch.eye(len(mean), device=mean.device), mean)
     direction /= direction @ mean
-    weight = model.score.weight.double().squeeze(0)
-    model.score.weight.copy_((weight - (weight @ mean) * direction)[None])
+    weight = model.score.weight.double().squeeze(0)  # whole, as the last forward pass leaves it
+    weight = (weight - (weight @ mean) * direction).float()[None]
+    parameter = in_parts(model).score.weight
+    parameter.copy_(own_part(weight, parameter))
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss
@@ -318,6 +314,7 @@ def main(args: Args) -> None:
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(rows)} judgements, {len(eval_rows)} held out; {len(plan)} updates of {args.batch_size}", flush=True)
 
+    shard(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: F.dropout(output, args.dropout, training=torch.is_grad_enabled())
@@ -326,7 +323,7 @@ def main(args: Args) -> None:
 
     def evaluate(step):
         hidden = all_hidden(model, eval_flat, args.micro_batch_size)
-        rewards = model.score(hidden).detach().squeeze(1).cpu()
+        rewards = head_scores(model, hidden).detach().cpu()
         evaluation = evaluation_metrics(rewards, gold, eval_sizes)
         run.log(step, **({"loss": evaluation["log_loss"]} if step == 0 else {}), **evaluation)
         samples = [{"step": step, "prompt": row["prompt"], "completion": text, "reward": reward}
@@ -342,21 +339,26 @@ def main(args: Args) -> None:
     for step in bar:
         began = time.perf_counter()
         batch = [answers[i] for i in plan[step]]
-        parts = []
+        sizes = [len(a) for a in batch]
+        loss, results = 0.0, [torch.zeros(size, device=model.device) for size in sizes]
         for group in micro_batches([len(a) * max(len(ids) for ids, _ in a) for a in batch], args.micro_batch_size):
-            sizes = [len(batch[i]) for i in group]
-            rewards = scores(model, [answer for i in group for answer in batch[i]])  # [sum of sizes]
-            if max(sizes) == 2:
+            group_sizes = [sizes[i] for i in group]
+            rewards = scores(model, [answer for i in group for answer in batch[i]])  # [sum of the group's sizes]
+            if max(group_sizes) == 2:
                 margin = margins[[plan[step][i] for i in group]].to(model.device)
-                loss = pairwise_loss(*rewards.view(-1, 2).T, margin)
+                micro_loss = pairwise_loss(*rewards.view(-1, 2).T, margin)
+            elif args.ranking_loss == "pairs":
+                micro_loss = ranking_loss(rewards, group_sizes)
             else:
-                loss = (ranking_loss if args.ranking_loss == "pairs" else plackett_luce_loss)(rewards, sizes)
-            loss = loss * (len(group) / len(batch))
-            loss.backward()
-            parts.append((loss.detach(), differences_of(rewards.detach(), sizes), rewards.detach()))
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        losses, differences, rewards = zip(*parts)
-        loss, differences, rewards = sum(losses).item(), torch.cat(differences), torch.cat(rewards)
+                micro_loss = plackett_luce_loss(rewards, group_sizes)
+            micro_loss = micro_loss * (len(group) / len(batch))
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            for i, part in zip(group, rewards.detach().split(group_sizes)):
+                results[i] = part
+        grad_norm = clip_gradients(model, args.max_grad_norm)
+        loss, rewards = summed(loss).item(), summed(torch.cat(results))
+        differences = differences_of(rewards, sizes)
         run.check_finite(step, loss, grad_norm, plan[step])
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(plan), args.learning_rate)
         optimizer.step()
@@ -378,7 +380,8 @@ def main(args: Args) -> None:
     save_model(model, tokenizer, run.dir)
     evaluation, samples, rewards = evaluate(len(plan))
     with torch.no_grad():
-        evaluation["reference_mean"] = model.score(all_hidden(model, reference, args.micro_batch_size)).mean().item()
+        hidden = all_hidden(model, reference, args.micro_batch_size)
+        evaluation["reference_mean"] = head_scores(model, hidden).mean().item()
     run.write_results(**evaluation)
     report(evaluation, samples, rewards, gold, eval_sizes, eval_rows)
     print(f"saved to {run.dir}")

@@ -21,10 +21,10 @@ from typing import Literal
 
 import torch
 
-from common import (ASSETS, Run, batches, column, encode_all, encode_conversation,
-                    encode_prompt, encode_row, generate, hold_out, learning_rate_at, load_model, load_rows,
-                    load_tokenizer, max_row_length, micro_batches, pad_rows, print_table, progress_bar,
-                    run_script, save_model, stop_ids, token_logprobs)
+from common import (ASSETS, Run, batches, clip_gradients, column, encode_all, encode_conversation, encode_prompt,
+                    encode_row, generate, hold_out, learning_rate_at, load_model, load_rows, load_tokenizer,
+                    max_row_length, micro_batches, pad_rows, print_table, progress_bar, run_script, save_model, shard,
+                    stop_ids, summed, token_logprobs)
 
 
 @dataclass
@@ -75,6 +75,8 @@ class Args:
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's template"""
     tensorboard: bool = False
@@ -131,7 +133,8 @@ def evaluate(model, tokenizer, rows, prompts, args: Args, step: int) -> tuple[di
         input_ids, mask = pad_rows([rows[i] for i in group], model.device)
         total -= token_logprobs(model, input_ids, None, mask).sum().item()
         tokens += int(mask.sum())
-    with torch.random.fork_rng():
+    total, tokens = summed(torch.tensor([total, tokens], dtype=torch.double)).tolist()
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed + step)
         rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, args.temperature)
     samples = [{"step": step, "prompt": tokenizer.decode(p, skip_special_tokens=True), "completion": c, "ended": e}
@@ -152,6 +155,7 @@ def main(args: Args) -> None:
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
     rows, eval_rows, prompts = load_demonstrations(args, model, tokenizer)
 
+    shard(model, args)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -179,15 +183,16 @@ def main(args: Args) -> None:
             micro_loss = sft_loss(token_logprobs(model, input_ids, None, mask), mask) * (mask.sum() / tokens)
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        run.check_finite(step, loss.item(), grad_norm, plan[step])
+        loss = summed(loss).item()
+        grad_norm = clip_gradients(model, args.max_grad_norm)
+        run.check_finite(step, loss, grad_norm, plan[step])
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, len(plan), args.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
 
-        run.log(step + 1, loss=loss.item(), grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
+        run.log(step + 1, loss=loss, grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
                 tokens_per_s=sum(len(ids) for ids, _ in batch) / (time.perf_counter() - began))
-        shown["loss"] = f"{loss.item():.3f}"
+        shown["loss"] = f"{loss:.3f}"
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             shown["held_out"] = f"{log_evaluation(step + 1)[0]['eval_loss']:.3f}"
         bar.set_postfix(shown, refresh=False)
