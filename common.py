@@ -147,10 +147,10 @@ def save_model(model, tokenizer, directory) -> None:
     with torch.no_grad():
         for parameter in in_parts(model).parameters():  # not model.to(): the rotary frequencies, in no file, stay exact
             parameter.copy_(parameter.to(model.saved_dtype))
-    weights = whole(model.state_dict())
+    weights, rounded = whole(model.state_dict()), {}
     if world()[0] == 0:
-        for name, _ in model.named_parameters(remove_duplicate=False):
-            weights[name] = weights[name].to(model.saved_dtype)
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # tied ones stay one tensor
+            weights[name] = rounded.setdefault(id(parameter), weights[name].to(model.saved_dtype))
         model.save_pretrained(directory, state_dict=weights)
         model.config.dtype = model.saved_dtype
         model.config.save_pretrained(directory)
@@ -1104,9 +1104,10 @@ class Run:
         if self.args.resume and self.checkpoint.exists():
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=world()[1] > 1)
             model.load_state_dict({name: own_part(state["model"][name], x) for name, x in model.state_dict().items()})
-            for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                moments = state["optimizer"]["state"].get(number, {})
-                moments |= {name: own_part(x, parameter) for name, x in moments.items()}
+            moments = state["optimizer"].get("state", {})  # of the parameters that have been updated, by number
+            for number, parameter in enumerate(model.parameters()):
+                if number in moments:
+                    moments[number] = {name: own_part(x, parameter) for name, x in moments[number].items()}
             optimizer.load_state_dict(state["optimizer"])
             set_random_state(state["random"])
             print(f"resuming {self.dir} after update {state['step']}", flush=True)

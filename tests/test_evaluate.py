@@ -232,10 +232,11 @@ def test_a_judge_decides_instead_of_the_reward(tmp_path, monkeypatch, capsys):
     (tmp_path / "j.py").write_text("def longer(prompts, completions_a, completions_b):\n"
                                    "    return [1 if len(a) > len(b) else 0 for a, b in zip(completions_a, completions_b)]")
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"Q: 1{n}+2?"}) for n in range(10)))
-    status, said = call(monkeypatch, capsys, "--dataset", "p.jsonl", "--split", "train", "--judge-fn", "j.py:longer", "--max-new-tokens", "12")
+    status, said = call(monkeypatch, capsys, "--dataset", "p.jsonl", "--split", "train", "--judge-fn", "j.py:longer", "--max-new-tokens", "12",
+                        "--seed", "1")
     assert status == 0, said.err
     results = json.loads((tmp_path / "runs" / "evaluate" / "results.json").read_text())["policies"]
-    assert results["tiny-base"]["win_rate"] == 1.0 and "reward" not in results["tiny-base"]  # it never stops
+    assert results["tiny-base"]["win_rate"] == 1.0 and "reward" not in results["tiny-base"]  # it hardly ever stops
     assert "elo" not in results["tiny-base"] and "no finite ratings" in said.out and "--l2 0.01" in said.out
 
 

@@ -36,7 +36,8 @@ def proposals(tmp_path_factory):
 
 @pytest.mark.parametrize("beta", [2.0, 1.0, 0.5, 0.3])
 def test_the_curve_is_exact_to_a_hundredth(beta, proposals):
-    """Samples weighted by the mixture of both policies: at the KL that they say, the gain that they say is pi*'s to 1%."""
+    """Samples weighted by the mixture of both policies: at the KL that they say, the gain that they say is pi*'s to
+    0.01, where the standard error of 40,000 samples is 0.003."""
     logps, drawn = proposals
     rewards = torch.linspace(-1, 1, 31).double()[torch.randperm(31)]
     pi_ref = logps[0].exp() / logps[0].exp().sum()
@@ -53,7 +54,7 @@ def test_the_curve_is_exact_to_a_hundredth(beta, proposals):
         low, high = (middle, high) if exact(middle)[0] > kl.item() else (low, middle)
     assert low == pytest.approx(beta, rel=0.05) and 50 < effective.item() <= 40_000
     gain, exact_gain = reward.item() - (pi_ref @ rewards).item(), exact(low)[1] - (pi_ref @ rewards).item()
-    assert gain == pytest.approx(exact_gain, rel=0.01)
+    assert gain == pytest.approx(exact_gain, abs=0.01)
 
 
 CURVE = [(0.0, 0.0), (1.0, 2.0), (3.0, 3.0)]

@@ -229,7 +229,7 @@ def first_mini_batch(world):
     plan = update_plan(rollout, ARGS)
     old = before_the_update(model, reference, critic, rollout, plan, ARGS)
     advantages = torch.randn_like(rollout.logps)
-    stats = add_gradients(model, critic, rollout, old[0], old[2], advantages, advantages, plan[0], ARGS)
+    stats = add_gradients(model, critic, rollout, old[0], old[2], advantages, advantages, *plan[0], ARGS)
     model.zero_grad(), critic.zero_grad()
     return stats
 
@@ -275,7 +275,7 @@ def test_micro_batches_do_not_change_the_gradient(size, world):
     results = []
     for micro in (16, size):
         args = ppo_rlhf.Args(temperature=0.7, mini_batches=1, ppo_epochs=1, micro_batch_size=micro)
-        stats = add_gradients(model, critic, rollout, old_logps, old[2], advantages, returns, update_plan(rollout, args)[0], args)
+        stats = add_gradients(model, critic, rollout, old_logps, old[2], advantages, returns, *update_plan(rollout, args)[0], args)
         gradients = [p.grad.flatten() for n in (model, critic) for p in n.parameters() if p.grad is not None]
         results.append((stats, torch.cat(gradients)))
         model.zero_grad(), critic.zero_grad()
@@ -289,7 +289,8 @@ def test_plans_hold_each_row_once_an_epoch(world):
     plan = update_plan(rollout, ARGS)
     assert len(plan) == 6 and plan[0] != plan[3]
     for epoch in (plan[:3], plan[3:]):
-        assert sorted(i for groups in epoch for group in groups for i in group) == list(range(16))
+        assert sorted(i for _, groups in epoch for group in groups for i in group) == list(range(16))
+        assert all(sorted(rows) == sorted(sum(groups, [])) for rows, groups in epoch)
 
 
 def test_where_pad_is_eos_the_reward_is_read_at_eos(tmp_path):

@@ -75,6 +75,7 @@ def test_two_processes_are_one(script, places):
         assert json.loads(a)["completion"] == json.loads(b)["completion"]
     names = [sorted(file.name for file in place.iterdir()) for place in (one, two)]
     assert names[0] == names[1] and {"model.safetensors", "results.json"} < set(names[0])
+    assert (one / "model.safetensors").stat().st_size == (two / "model.safetensors").stat().st_size  # tied: written once
     saved = [transformers.AutoModel.from_pretrained(place).state_dict() for place in (one, two)]
     for name, value in saved[0].items():  # bfloat16: the next one, where a difference of 1e-5 crosses the middle
         torch.testing.assert_close(value.float(), saved[1][name].float(), rtol=2**-7, atol=1e-5)

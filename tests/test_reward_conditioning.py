@@ -91,7 +91,7 @@ def test_the_policy_given_a_label_becomes_the_law_of_its_quantile(tmp_path):
         best = sequence_logprobs(model, [make_row([0, 5, 2], answer) for answer in answers]).exp()
         ref = sequence_logprobs(reference, [make_row([0, 2], answer) for answer in answers]).exp()
         expected = counts[2] / counts[2].sum() if target == "part" else ref
-        assert 0.5 * (best - expected).abs().sum() < 0.03, target
+        assert 0.5 * (best - expected).abs().sum() < 0.05, target
         assert target == "reference" or 0.5 * (ref - expected).abs().sum() > 0.4
 
 
