@@ -528,6 +528,9 @@ def sequence_logprobs(model, rows, micro_batch_size=None, temperature=1.0) -> to
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
+GRAPH_DEVICES = {"cuda"}  # where a decoding step is recorded once and replayed
+
+
 @dataclass
 class Rollout:
     """Samples of a policy, prompt by prompt: rows i*num_samples ... (i+1)*num_samples - 1 answer prompt i."""
@@ -585,57 +588,131 @@ def sample_rows(model, prompts, draws, temperature, stops):
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer(max_new_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    with_cache = cache_arguments(model, cache)
     out = model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                logits_to_keep=1, **with_cache)
+                logits_to_keep=1, **cache_arguments(model, cache))
     row = torch.arange(len(prompts), device=device).repeat_interleave(len(draws) // len(prompts))
     cache.reorder_cache(row)  # each prompt's keys and values, once for each of its samples
-    logits, mask = out.logits[row, -1], mask[row]
+    logits, mask = out.logits[row, -1], F.pad(mask[row], (0, max_new_tokens))  # [B, V], [B, longest + max_new_tokens]
     live = torch.arange(len(row), device=device)  # which sample each row of the cache belongs to
     running = torch.ones(len(row), dtype=torch.bool, device=device)
     tokens = torch.zeros(len(row), max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(len(row), max_new_tokens, device=device)
     lengths = torch.full((len(row),), max_new_tokens, device=device)
+    graphs, step = device.type in GRAPH_DEVICES, None
     for t in range(max_new_tokens):
         token, logp = sample_token(logits, temperature, draws[live, t])
         tokens[live, t], logps[live, t] = token, logp
         stopped = running & torch.isin(token, stops)
         lengths[live[stopped]] = t + 1
         running = running & ~stopped
-        left = int(running.sum())
-        if left == 0 or t + 1 == max_new_tokens:
+        if t + 1 == max_new_tokens:
             break
-        if left <= 0.75 * len(running):  # copying the cache at every finish would cost more than the idle rows
-            keep = running.nonzero().squeeze(1)
-            cache.reorder_cache(keep)
-            live, token, mask, running = live[keep], token[keep], mask[keep], running[keep]
-        mask = F.pad(mask, (0, 1), value=1)
-        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                    **with_cache)
-        logits = out.logits[:, -1]
+        if not graphs or t % 8 == 0:  # to ask a GPU is to wait for it
+            left = int(running.sum())
+            if left == 0:
+                break
+            # At every finish, copying the cache would cost more than the idle rows; a graph is for one number of rows.
+            if left <= (0.5 if graphs else 0.75) * len(running):
+                keep, step = running.nonzero().squeeze(1), None
+                cache.reorder_cache(keep)
+                live, token, mask, running = live[keep], token[keep], mask[keep], running[keep]
+        mask[:, longest + t] = 1
+        if step is None:
+            step = captured_step(model, cache, token, mask, longest + t) if graphs else DecodingStep(model, cache)
+        logits = step(token, mask, longest + t)
     return tokens, logps, lengths
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, with room for the tokens to come: DynamicLayer copies all it has at every token."""
+    """Keys and values of one layer, with room for the tokens to come: DynamicLayer copies all it has at every token.
+    With a `column`, a tensor, a token goes there and all columns come back, as a CUDA graph wants it."""
 
     def __init__(self, room: int):
         super().__init__()
-        self.room, self.length, self.buffers = room, 0, None
+        self.room, self.length, self.buffers, self.column = room, 0, None, None
 
     def update(self, keys, values, *args, **kwargs):  # [B, heads, new tokens, head size]
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.buffers = [x.new_empty(*x.shape[:2], x.shape[2] + self.room, x.shape[3]) for x in (keys, values)]
+            self.buffers = [x.new_zeros(*x.shape[:2], x.shape[2] + self.room, x.shape[3]) for x in (keys, values)]
+        if self.column is not None:
+            return [buffer.index_copy_(2, self.column, new) for buffer, new in zip(self.buffers, (keys, values))]
         first, self.length = self.length, self.length + keys.shape[2]
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[:, :, first:self.length] = new
         self.keys, self.values = (buffer[:, :, :self.length] for buffer in self.buffers)
         return self.keys, self.values
 
+    def get_seq_length(self) -> int:
+        return self.length
+
     def reorder_cache(self, rows):
-        self.buffers = [buffer[rows] for buffer in self.buffers]
+        self.column, self.buffers = None, [buffer[rows] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :self.length] for buffer in self.buffers)
+
+
+class DecodingStep:
+    """A token for each row into the cache: token [B], mask [B, columns], where the token stands -> logits [B, V]."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache_arguments = model, cache_arguments(model, cache)
+
+    def __call__(self, token, mask, column):
+        return self.forward(token[:, None], mask[:, :column + 1], mask.sum(1, keepdim=True) - 1)
+
+    def forward(self, token, mask, positions):
+        return self.model(input_ids=token, attention_mask=mask, position_ids=positions,
+                          **self.cache_arguments).logits[:, -1]
+
+
+class StaticStep(DecodingStep):
+    """The same in memory that stays where it is, so that it can be recorded once, as a CUDA graph, and replayed: a
+    model's hundreds of small kernels take longer to launch than to run."""
+
+    def __init__(self, model, cache, mask):
+        super().__init__(model, cache)
+        self.token, self.positions, self.column = (mask.new_zeros(size) for size in ((len(mask), 1), (len(mask), 1), 1))
+        self.mask, self.graph = torch.zeros_like(mask, dtype=torch.bool)[:, None, None], None  # [B, 1, 1, columns]
+
+    def __call__(self, token, mask, column):
+        self.token.copy_(token[:, None])
+        self.positions.copy_(mask.sum(1, keepdim=True) - 1)
+        self.mask.copy_(mask[:, None, None])
+        self.column.fill_(column)
+        if self.graph is None:
+            return self.forward(self.token, self.mask, self.positions)
+        self.graph.replay()
+        return self.logits
+
+    def capture(self):
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.forward(self.token, self.mask, self.positions)
+
+
+def captured_step(model, cache, token, mask, column):
+    """A step as a CUDA graph, or, where the model does not allow that or would then compute otherwise, a plain one."""
+    plain, static = DecodingStep(model, cache), StaticStep(model, cache, mask)
+
+    def use(column_tensor):
+        for layer in cache.layers:
+            layer.column, layer.length = column_tensor, column
+
+    if getattr(model, "decodes_statically", True) and all(type(layer) is RoomyLayer for layer in cache.layers):
+        try:
+            use(None)
+            expected = None if hasattr(model, "decodes_statically") else plain(token, mask, column)
+            use(static.column)
+            logits = static(token, mask, column)  # also the warm-up that a capture needs
+            if expected is not None:
+                model.decodes_statically = bool((logits - expected).abs().max() <= 0.02 * expected.abs().max())
+            static.capture()
+        except Exception:  # whatever an architecture asks the host in the middle of a step
+            model.decodes_statically = False
+        if model.decodes_statically:
+            return static
+        use(None)
+    return plain
 
 
 def sample_token(logits, temperature, draw):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import common
 from common import generate, sample_token, stop_ids, token_logprobs
 from tiny import ARCHITECTURES, Ids, model_of
 
@@ -58,6 +59,36 @@ def test_batches_do_not_matter():
     whole, parts = rollouts
     assert whole.rows == parts.rows
     torch.testing.assert_close(whole.logps, parts.logps, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_steps_on_fixed_memory_sample_the_same(name, monkeypatch):
+    """What a CUDA graph records, without the graph: where an architecture cannot, or would be wrong, plain steps."""
+    model = model_of(name)
+    model.generation_config.eos_token_id = list(range(2, 8))
+    torch.manual_seed(1)
+    plain = generate(model, Ids(), PROMPTS, 6, 20, temperature=1.3)
+    monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
+    monkeypatch.setattr(common.StaticStep, "capture", lambda self: None)
+    torch.manual_seed(1)
+    static = generate(model, Ids(), PROMPTS, 6, 20, temperature=1.3)
+    assert static.rows == plain.rows and (plain.ended.sum() > 14)
+    torch.testing.assert_close(static.logps, plain.logps, atol=1e-5, rtol=1e-4)
+    assert getattr(model, "decodes_statically", False) == (name not in ("mistral", "gemma2", "gemma3"))
+
+
+def test_where_a_graph_cannot_be_recorded_steps_are_plain(monkeypatch):
+    model = model_of("llama")
+    torch.manual_seed(1)
+    plain = generate(model, Ids(), PROMPTS, 2, 9)
+
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
+    monkeypatch.setattr(common.StaticStep, "capture", refuse)
+    torch.manual_seed(1)
+    assert generate(model, Ids(), PROMPTS, 2, 9).rows == plain.rows and model.decodes_statically is False
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
