@@ -35,7 +35,7 @@ import torch
 
 from common import (ASSETS, Run, UserError, as_answer, column, generate, load_model, load_rows, load_tokenizer,
                     max_row_length, mean_and_se, optimal_gain, print_table, progress_bar, prompts_that_fit, report,
-                    reward_from_function, reward_from_model, run_script, write_atomically)
+                    reward_from_function, reward_from_model, run_script, shard, write_atomically)
 
 
 @dataclass
@@ -76,6 +76,8 @@ class Args:
     """cpu, cuda, cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's template"""
     tensorboard: bool = False
@@ -179,7 +181,7 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = load_model(args.model, args.device, args.dtype)
+    model = shard(load_model(args.model, args.device, args.dtype), args)
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else reward_from_function(args.reward_fn)
     gold = reward_from_function(args.reward_fn) if args.reward_model and args.reward_fn else None
 

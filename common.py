@@ -241,7 +241,7 @@ def shard(model, args):
     if size % args.replicas:
         raise UserError(f"--replicas {args.replicas}: {size} processes cannot be divided among so many")
     shape = (size,) if args.replicas == 1 else (args.replicas, size // args.replicas)
-    mesh = dist.init_device_mesh(model.own_device.type, shape)
+    mesh = dist.init_device_mesh(model.own_device.type, shape, mesh_dim_names=("copies", "parts")[-len(shape):])
     policy = MixedPrecisionPolicy(param_dtype=model.autocast_dtype, reduce_dtype=torch.float32)
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in [*layers, model]:
@@ -1216,8 +1216,7 @@ class Run:
 
     def write_results(self, **results) -> None:
         results["seconds"] = time.time() - self.started
-        if world()[0] == 0:
-            write_atomically(self.dir / "results.json", json.dumps(results, indent=1).encode())
+        write_atomically(self.dir / "results.json", json.dumps(results, indent=1).encode())
 
     def check_finite(self, step: int, loss: float, grad_norm: float, rows: list[int]) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -1237,7 +1236,9 @@ def set_random_state(state: list[torch.Tensor]) -> None:
 
 
 def write_atomically(path: Path, data) -> None:
-    """The file is there whole or not at all, after a power cut too."""
+    """The file is there whole or not at all, after a power cut too. Of many processes the first writes."""
+    if world()[0] > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)

@@ -40,7 +40,7 @@ import torch
 from common import (ASSETS, Run, UserError, as_answer, column, encode_continuation, encode_prompt, generate,
                     load_function, load_model, load_rows, load_tokenizer, make_row, max_row_length, mean_and_se,
                     optimal_gain, print_table, progress_bar, prompts_that_fit, reward_from_function, reward_from_model,
-                    run_script, sequence_logprobs, write_atomically)
+                    run_script, sequence_logprobs, shard, write_atomically)
 
 
 @dataclass
@@ -79,6 +79,8 @@ class Args:
     """cpu, cuda, cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs"""
+    replicas: int = 1
+    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizers' templates"""
 
@@ -123,7 +125,7 @@ def sample_policy(name: str, rows, reference, ref_tokenizer, args: Args, seed: i
     if name.endswith(".jsonl"):
         return [{"prompt": p, "completion": c} for p, c in zip(prompts, read_answers(name, rows))], None
     tokenizer = load_tokenizer(name, args.chat_template)
-    model = load_model(name, args.device, args.dtype)
+    model = shard(load_model(name, args.device, args.dtype), args)
     longest, room = max(len(encode_prompt(tokenizer, p)) for p in prompts), max_row_length(model, args.max_length)
     if longest + args.max_new_tokens > room:
         raise UserError(f"--models {name}: has room for {room} tokens, the longest prompt takes {longest}: lower "
@@ -296,7 +298,7 @@ def main(args: Args) -> None:
         raise UserError("nothing judges: give a --reward-fn, a --reward-model or a --judge-fn")
     run = Run(args)
     ref_tokenizer = load_tokenizer(args.reference, args.chat_template)
-    reference = load_model(args.reference, args.device, args.dtype)
+    reference = shard(load_model(args.reference, args.device, args.dtype), args)
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else None
     rows = load_rows(args.dataset, args.split)
     for number, row in enumerate(rows, 1):

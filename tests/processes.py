@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,6 +27,9 @@ FLAGS = {
                  updates_per_rollout=2, eval_samples=2, reward_fn=[GOLD], **SAMPLES),
     "expert_iteration": dict(dataset="review_prompts", batch_size=5, rounds=2, n=3, prompts_per_round=7,
                              reward_fn=GOLD, **SAMPLES),
+    "best_of_n": dict(dataset="review_prompts_heldout", batch_size=3, n=3, save_every=1, reward_fn=GOLD,
+                      reward_model=str(ASSETS / "tiny-rm"), **SAMPLES),
+    "evaluate": dict(dataset="review_prompts_heldout", models=[str(ASSETS / "tiny-base")], reward_fn=GOLD, **SAMPLES),
     "reward_conditioning": dict(dataset="review_prompts", batch_size=5, rounds=2, samples=2, prompts_per_round=7,
                                 reward_fn=GOLD, **SAMPLES),
 }
@@ -34,7 +37,7 @@ FLAGS = {
 
 def prepare(directory: Path) -> Path:
     """A few rows of the embedded data."""
-    for name in {flags["dataset"] for flags in FLAGS.values()}:
+    for name in ("demonstrations", "comparisons", "review_prompts"):
         for part, number in ((name, 37), (f"{name}_heldout", 5)):
             lines = (DATA / f"{part}.jsonl").read_text().splitlines(keepends=True)[:number]
             (directory / f"{part}.jsonl").write_text("".join(lines))
@@ -42,11 +45,12 @@ def prepare(directory: Path) -> Path:
 
 
 def run(script: str, directory: Path, **more) -> None:
-    module, flags = importlib.import_module(script), FLAGS[script] | more
-    data = flags.pop("dataset")
-    flags |= {"dataset": str(directory / f"{data}.jsonl"), "eval_dataset": str(directory / f"{data}_heldout.jsonl")}
-    steps = 3 if "rounds" in flags else 5
-    module.main(module.Args(**{"learning_rate": 3e-5, "max_steps": steps, "output_dir": str(directory / script)} | flags))
+    module, flags = importlib.import_module(script), dict(FLAGS[script])
+    data, names = flags["dataset"], {field.name for field in fields(module.Args)}
+    flags = {"learning_rate": 3e-5, "max_steps": 3 if "rounds" in flags else 5, "output_dir": str(directory / script),
+             "eval_dataset": str(directory / f"{data}_heldout.jsonl"), "split": "train", **flags,
+             "dataset": str(directory / f"{data}.jsonl"), **more}
+    module.main(module.Args(**{name: value for name, value in flags.items() if name in names}))
 
 
 @dataclass

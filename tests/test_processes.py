@@ -17,7 +17,7 @@ from conftest import ROOT
 from processes import FLAGS, prepare
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-LONG = {"max_steps": 40, "save_every": 2, "eval_every": 100}
+LONG = {"max_steps": 20, "save_every": 2, "eval_every": 100}
 
 
 def torchrun(directory, **scripts):
@@ -45,7 +45,7 @@ def assert_equal_runs(one, two, but=()):
     for a, b in lines:
         assert a.keys() == b.keys()
         for name in a.keys() - set(but):
-            if "per_s" not in name:
+            if "per_s" not in name and not isinstance(a[name], str):
                 assert math.isclose(a[name], b[name], rel_tol=1e-5, abs_tol=1e-5), (a["step"], name, a[name], b[name])
     a, b = weights_of(one), weights_of(two)
     assert a.keys() == b.keys()
@@ -70,11 +70,16 @@ def test_two_processes_are_one(script, places):
     exactly 0 before the first update, and which of two is the larger then is rounding."""
     one, two = (place / script for place in places)
     assert_equal_runs(one, two, but=["accuracy"] if script == "dpo" else [])
+    a, b = (json.loads((place / "results.json").read_text()) for place in (one, two))
+    assert a.keys() == b.keys() and all(math.isclose(x, b[name], rel_tol=1e-5, abs_tol=1e-5)
+                                        for name, x in a.items() if isinstance(x, float) and name != "seconds")
     samples = [(place / "samples.jsonl").read_text().splitlines() for place in (one, two)]
     for a, b in zip(*samples, strict=True):
         assert json.loads(a)["completion"] == json.loads(b)["completion"]
     names = [sorted(file.name for file in place.iterdir()) for place in (one, two)]
-    assert names[0] == names[1] and {"model.safetensors", "results.json"} < set(names[0])
+    assert names[0] == names[1] and "results.json" in names[0]
+    if script in ("best_of_n", "evaluate"):
+        return
     assert (one / "model.safetensors").stat().st_size == (two / "model.safetensors").stat().st_size  # tied: written once
     saved = [transformers.AutoModel.from_pretrained(place).state_dict() for place in (one, two)]
     for name, value in saved[0].items():  # bfloat16: the next one, where a difference of 1e-5 crosses the middle
@@ -102,7 +107,7 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on(tmp_path, uninter
     assert_equal_runs(uninterrupted / "sft", tmp_path / "sft")
 
 
-def test_two_processes_go_on_where_one_stopped(tmp_path, uninterrupted, monkeypatch):
+def test_two_replicas_go_on_where_one_process_stopped(tmp_path, uninterrupted, monkeypatch):
     import common
     save_checkpoint = common.Run.save_checkpoint
 
@@ -114,7 +119,7 @@ def test_two_processes_go_on_where_one_stopped(tmp_path, uninterrupted, monkeypa
         patch.setattr(common.Run, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             processes.run("sft", prepare(tmp_path), **LONG)
-    two_processes(tmp_path, sft=LONG | {"resume": True})
+    two_processes(tmp_path, sft=LONG | {"resume": True, "replicas": 2})
     assert_equal_runs(uninterrupted / "sft", tmp_path / "sft")
 
 
