@@ -916,6 +916,22 @@ def encode_all(rows: list[dict], name: str, encode, max_length: int) -> list:
     return kept
 
 
+def load_prompts(args, model, tokenizer):
+    """-> training rows, each with its prompt's ids, [(row, ids)], and held-out rows; all leave room for an answer."""
+    max_length = max_row_length(model, args.max_length)
+    rows = load_rows(args.dataset, args.split)
+    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
+
+    def encode(row):
+        row["prompt"] = column(row, args.prompt_column)
+        return [make_row(encode_prompt(tokenizer, row["prompt"]), [0])]  # a token in the place of the completion
+
+    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
+    eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
+    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
+    return [(row, ids[:-1]) for row, ((ids, _),) in rows], eval_rows
+
+
 def max_row_length(model, max_length: int | None) -> int:
     """--max-length, which must fit into the model's window; by default the window, or 1,024 tokens."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024

@@ -31,10 +31,10 @@ from typing import Literal
 
 import torch
 
-from common import (ASSETS, Run, UserError, batches, clip_gradients, column, encode_all, encode_prompt, evaluate_policy,
-                    generate, hold_out, learning_rate_at, load_model, load_rows, load_tokenizer, make_row,
-                    max_row_length, micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit, report,
-                    reward_from_function, reward_from_model, run_script, save_model, shard, summed, token_logprobs)
+from common import (ASSETS, Run, UserError, batches, clip_gradients, evaluate_policy, generate, learning_rate_at,
+                    load_model, load_prompts, load_tokenizer, micro_batches, pad_rows, print_table, progress_bar,
+                    report, reward_from_function, reward_from_model, run_script, save_model, shard, summed,
+                    token_logprobs)
 
 
 @dataclass
@@ -124,8 +124,7 @@ def expert_round(model, tokenizer, rows, proxy, args: Args) -> tuple[list, dict]
     """Equation (1) -> the rows (ids, mask) that are kept, and what the round says of itself."""
     began = time.perf_counter()
     answered = [row for row, _ in rows for _ in range(args.n)]
-    prompt_ids = [ids[:-1] for _, ((ids, _),) in rows]
-    rollout = generate(model, tokenizer, prompt_ids, args.n, args.max_new_tokens, args.temperature)
+    rollout = generate(model, tokenizer, [ids for _, ids in rows], args.n, args.max_new_tokens, args.temperature)
     rewards = proxy([row["prompt"] for row in answered], rollout.completions, answered).view(-1, args.n)  # [P, n]
     best, better = keep_best(rewards)
     kept = [rollout.rows[i * args.n + best[i]] for i in better.nonzero().flatten().tolist()]
@@ -153,20 +152,10 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
-    max_length = max_row_length(model, args.max_length)
     gold = reward_from_function(args.reward_fn) if args.reward_fn else None
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
 
-    rows = load_rows(args.dataset, args.split)
-    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
-
-    def encode(row):
-        row["prompt"] = column(row, args.prompt_column)
-        return [make_row(encode_prompt(tokenizer, row["prompt"]), [0])]  # a token in the place of the completion
-
-    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
-    eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
-    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
+    rows, eval_rows = load_prompts(args, model, tokenizer)
     chosen = batches(len(rows), min(args.prompts_per_round, len(rows)), 1, args.rounds, args.seed)  # for each round
     steps = len(batches(len(chosen[0]), args.batch_size, args.epochs, args.max_steps, 0))  # of each round
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {args.rounds} rounds of {len(chosen[0])} prompts x "

@@ -39,11 +39,10 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, batches, clip_gradients, column, encode_all, encode_prompt, evaluate_policy,
-                    generate, hold_out, learning_rate_at, load_model, load_reward, load_rows, load_tokenizer, make_row,
-                    max_row_length, mean_and_se, micro_batches, pad_rows, print_table, progress_bar, prompts_that_fit,
-                    random_state, report, run_script, save_model, set_random_state, shard, summed, token_logprobs,
-                    world)
+from common import (ASSETS, Run, UserError, batches, clip_gradients, evaluate_policy, generate, learning_rate_at,
+                    load_model, load_prompts, load_reward, load_tokenizer, mean_and_se, micro_batches, pad_rows,
+                    print_table, progress_bar, random_state, report, run_script, save_model, set_random_state, shard,
+                    summed, token_logprobs, world)
 
 
 @dataclass
@@ -355,22 +354,12 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
     reference = shard(load_model(args.model, args.device, args.dtype), args) if args.beta else None
-    max_length = max_row_length(model, args.max_length)
     rewards_of, weights = load_rewards(args)
 
     def reward(prompts, completions, rows):
         return rewards_of(prompts, completions, rows) @ weights  # [n]
 
-    rows = load_rows(args.dataset, args.split)
-    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
-
-    def encode(row):
-        row["prompt"] = column(row, args.prompt_column)
-        return [make_row(encode_prompt(tokenizer, row["prompt"]), [0])]  # a token in the place of the completion
-
-    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
-    eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
-    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
+    rows, eval_rows = load_prompts(args, model, tokenizer)
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {len(plan)} rollouts of {args.batch_size} x "
           f"{args.group_size} completions, {args.updates_per_rollout} update(s) each", flush=True)
@@ -400,7 +389,7 @@ def main(args: Args) -> None:
     for step in bar:
         began = time.perf_counter()
         batch_rows = [rows[i][0] for i in plan[step] for _ in range(args.group_size)]
-        prompt_ids = [rows[i][1][0][0][:-1] for i in plan[step]]
+        prompt_ids = [rows[i][1] for i in plan[step]]
         with keeping(run, step, model, optimizer, memory):
             rollout = generate(model, tokenizer, prompt_ids, args.group_size, args.max_new_tokens, args.temperature)
             sampled = time.perf_counter()

@@ -59,11 +59,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (ASSETS, Run, UserError, batches, clip_gradients, column, encode_all, encode_prompt, evaluate_policy,
-                    generate, head_scores, hold_out, last_states, learning_rate_at, load_model, load_rows,
-                    load_tokenizer, make_row, max_row_length, micro_batches, pad_rows, progress_bar, prompts_that_fit,
-                    report, reward_from_function, reward_from_model, run_script, save_model, shard, summed,
-                    token_logprobs)
+from common import (ASSETS, Run, UserError, batches, clip_gradients, evaluate_policy, generate, head_scores,
+                    last_states, learning_rate_at, load_model, load_prompts, load_tokenizer, micro_batches, pad_rows,
+                    progress_bar, report, reward_from_function, reward_from_model, run_script, save_model, shard,
+                    summed, token_logprobs)
 
 from transformers import AutoModelForSequenceClassification  # after common, which keeps transformers quiet
 
@@ -341,21 +340,11 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
     reference = shard(load_model(args.model, args.device, args.dtype), args)
-    max_length = max_row_length(model, args.max_length)
     gold = reward_from_function(args.reward_fn) if args.reward_fn else None
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
     critic = load_critic(args, tokenizer)
 
-    rows = load_rows(args.dataset, args.split)
-    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
-
-    def encode(row):
-        row["prompt"] = column(row, args.prompt_column)
-        return [make_row(encode_prompt(tokenizer, row["prompt"]), [0])]  # a token in the place of the completion
-
-    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
-    eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
-    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
+    rows, eval_rows = load_prompts(args, model, tokenizer)
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {len(plan)} steps of {args.batch_size} completions, "
           f"{args.ppo_epochs} x {args.mini_batches} updates each; in the first {args.critic_warmup} the critic learns "
@@ -389,7 +378,7 @@ def main(args: Args) -> None:
     for step in bar:
         began = time.perf_counter()
         batch_rows = [rows[i][0] for i in plan[step]]
-        prompts, prompt_ids = [row["prompt"] for row in batch_rows], [rows[i][1][0][0][:-1] for i in plan[step]]
+        prompts, prompt_ids = [row["prompt"] for row in batch_rows], [rows[i][1] for i in plan[step]]
         rollout = generate(model, tokenizer, prompt_ids, 1, args.max_new_tokens, args.temperature)
         sampled = time.perf_counter()
         scores = proxy(prompts, rollout.completions, batch_rows)  # [B]
