@@ -39,7 +39,7 @@ is one batch (local_rollout_forward_batch_size), and it generates no samples to 
 CPUs TRL 1.16 scores all positions, on GPUs only the labelled ones; `labelled` is TRL with that switch patched on for
 the CPU too (there is none for rewards and PPO).
 
-share of peak: necessary FLOPs / time / the GEMM rate (2048^3, float32) that this machine reached in the same minutes;
+share of peak: necessary FLOPs / time / the GEMM rate (2048^3, float32) that the same process reached right afterwards;
 cpu_share: both in processor seconds, which mean something on one thread. Necessary: each prompt through the trunk once
 for all its completions, each completion token through trunk and head once, causal attention; a backward pass is two
 forward passes: SFT and reward are 3 forward passes in all, DPO 4 (reference), GRPO 5 (rollout, reference, update), PPO
@@ -282,19 +282,15 @@ def gemm_rate() -> dict:
         a @ b
     seconds, cpu_seconds = (statistics.median(end - begin for begin, end in zip(clock[3:], clock[4:]))
                             for clock in zip(*times))
-    return {"flops": 2 * 2048**3 / seconds, "cpu_flops": 2 * 2048**3 / cpu_seconds}
+    return {"gemm": 2 * 2048**3 / seconds, "cpu_gemm": 2 * 2048**3 / cpu_seconds}
 
 
 def worker(side: str, stage: str, shape: str, where: str, updates: int) -> None:
     import torch
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if side == "gemm":
-        result = gemm_rate()
-    elif side == "ours":
-        result = run_ours(stage, shape, Path(where), updates)
-    else:
-        result = run_trl(stage, shape, Path(where), updates, side == "trl_labelled")
-    print("\n" + json.dumps(result))
+    run = run_ours(stage, shape, Path(where), updates) if side == "ours" else run_trl(
+        stage, shape, Path(where), updates, labelled_only=side == "trl_labelled")
+    print("\n" + json.dumps(run | gemm_rate()))
 
 
 # ----------------------------------------------------------------------------------------------------- both, and tables
@@ -330,7 +326,7 @@ def necessary(stage: str, where: Path, length: float) -> tuple[float, float]:
 
 def measure(stage: str, shape: str, args, temporary: str) -> dict:
     sides = [side for side in args.sides if side != "trl_labelled" or stage not in ("reward", "ppo")]
-    updates, runs, rates = args.updates + 2, {side: [] for side in sides}, []
+    updates, runs = args.updates + 2, {side: [] for side in sides}
     where = prepare(stage, shape, updates, temporary)
     threads = str(args.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1",
@@ -345,7 +341,6 @@ def measure(stage: str, shape: str, args, temporary: str) -> dict:
         return json.loads(done.stdout.splitlines()[-1])
 
     for repeat in range(args.repeats):
-        rates.append(run("gemm"))
         for side in sides[::-1] if repeat % 2 else sides:
             runs[side].append(run(side))
     for key in ("loss", "chosen_logps") if stage in ("sft", "dpo") else ():
@@ -358,10 +353,11 @@ def measure(stage: str, shape: str, args, temporary: str) -> dict:
     def ratios(side, key="seconds"):
         return [theirs[key] / ours[key] for ours, theirs in zip(runs["ours"], runs[side])]
 
-    def rate(key):
-        return statistics.median(rate[key] for rate in rates)
-
     flops, tokens = necessary(stage, where, median("ours", "length"))
+
+    def share(side, key, rate):
+        return statistics.median(flops / updates / run[key] / run[rate] for run in runs[side])
+
     samples = BATCH[shape][stage] * (GROUP[shape] if stage == "grpo" else 1)
     row = {"stage": stage, "shape": shape, "trl": runs["trl"][0]["trl"], "device": f"cpu, {args.threads} threads",
            "ratio": statistics.median(ratios("trl")), "ratio_low": min(ratios("trl")), "ratio_high": max(ratios("trl")),
@@ -370,12 +366,12 @@ def measure(stage: str, shape: str, args, temporary: str) -> dict:
         name, seconds = {"trl": "theirs", "trl_labelled": "theirs_labelled"}.get(side, side), median(side, "seconds")
         row |= {name: samples / seconds, f"tokens_per_s_{name}": tokens / updates / seconds, f"seconds_{name}": seconds,
                 f"cpu_seconds_{name}": median(side, "cpu_seconds"), f"peak_mb_{name}": median(side, "peak_mb"),
-                f"share_of_peak_{name}": flops / updates / seconds / rate("flops"),
-                f"cpu_share_of_peak_{name}": flops / updates / median(side, "cpu_seconds") / rate("cpu_flops")}
+                f"share_of_peak_{name}": share(side, "seconds", "gemm"),
+                f"cpu_share_of_peak_{name}": share(side, "cpu_seconds", "cpu_gemm")}
     if "trl_labelled" in sides:
         row["ratio_labelled"] = statistics.median(ratios("trl_labelled"))
         row["cpu_ratio_labelled"] = statistics.median(ratios("trl_labelled", "cpu_seconds"))
-    return row | {"gemm_gflops": rate("flops") / 1e9, "samples_an_update": samples, "repeats": args.repeats,
+    return row | {"gemm_gflops": median("ours", "gemm") / 1e9, "samples_an_update": samples, "repeats": args.repeats,
                   "updates": args.updates}
 
 
