@@ -9,6 +9,13 @@ Each measurement is a process of its own, which warms up once and takes the medi
 times, and the ratio is the median over the 5 pairs. Peak memory is what the work adds to the process. Shapes: tiny is
 assets/tiny-sft with its own reviews (0.9M parameters, vocabulary 512, completions end by themselves); 15M is a random
 Llama of 288 x 6, vocabulary 32,000, with prompts and completions of 64 to 128 tokens, which never end.
+
+A rollout's share of the limit is the time that its steps need at least, by the time that it took. A step's limit is the
+longer of two times, as if they overlapped: its FLOPs at the rate of a 2048^3 product, and reading all weights and every
+row's keys and values (float32) at the bandwidth of a sum over as many numbers as the model has weights, which a cache
+may hold. Both are measured in the same process right after the rollouts. The first step encodes each prompt once; after
+it there are as many rows as have not ended. Sampling (an exponential and a running sum over the vocabulary), norms and
+Python are the way's own affair: the limit has none of them.
 """
 
 import json
@@ -20,8 +27,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-THREADS = 2
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+THREADS, SAMPLES = 2, 8
 
 
 def load(shape):
@@ -48,12 +55,11 @@ def load(shape):
     return model, tokenizer, rows, [ids[:p] for (ids, _), (p, _) in zip(rows, lengths)], 64
 
 
-def work(task, way, shape):
-    """-> a function that does the work once and returns the number of tokens it is about"""
+def work(task, way, model, tokenizer, rows, prompts, new_tokens):
+    """-> a function that does the work once and returns how many tokens each row has, or each sample"""
     import torch
 
     from common import generate, micro_batches, pad_rows, token_logprobs
-    model, tokenizer, rows, prompts, new_tokens = load(shape)
 
     def logprobs():
         for group in micro_batches([len(ids) for ids, _ in rows], None) if way == "ours" else [range(len(rows))]:
@@ -64,35 +70,73 @@ def work(task, way, shape):
                 logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
                 logps = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2) * mask[:, 1:]
             logps.sum().backward()
-        return sum(len(ids) for ids, _ in rows)
+        return [len(ids) for ids, _ in rows]
 
     def rollouts():
         if way == "ours":
-            return int(generate(model, tokenizer, prompts, 8, new_tokens).completion_mask.sum())
-        repeated = [p for p in prompts for _ in range(8)]
+            return generate(model, tokenizer, prompts, SAMPLES, new_tokens).completion_mask.sum(1).tolist()
+        repeated = [p for p in prompts for _ in range(SAMPLES)]
         longest = max(map(len, repeated))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in repeated])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in repeated])
         out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=True, top_k=0,
                              pad_token_id=0)
-        new = out[:, longest:]  # as much of a row as is not padding
-        return int((new.flip(1).cumsum(1) > 0).sum()) if shape == "tiny" else new.numel()
+        return (out[:, longest:].flip(1).cumsum(1) > 0).sum(1).tolist()  # as much of a row as is not padding
 
     return logprobs if task == "log-probs" else rollouts
 
 
-def measure(task, way, shape):
-    run = work(task, way, shape)
+def decoding_limit(model, prompts, lengths, flops, bandwidth):
+    """Seconds, at least, for completions of these lengths, FLOP/s and bytes/s. The embedding is the head."""
+    config = model.config
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    trunk = weights - config.vocab_size * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim  # numbers a token, in keys
+    cached = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    encoded = [len(prompt) for prompt in prompts]
+    work = 2 * trunk * sum(encoded) + 2 * attention * sum(n**2 for n in encoded)  # causal: half of all pairs
+    seconds = max(work / flops, 4 * weights / bandwidth)
+    for t in range(1, max(lengths)):
+        contexts = [encoded[i // SAMPLES] + t for i, length in enumerate(lengths) if length > t]
+        work = 2 * weights * len(contexts) + 4 * attention * sum(contexts)
+        seconds += max(work / flops, 4 * (weights + 2 * cached * sum(contexts)) / bandwidth)
+    return seconds
+
+
+def read_rate(size):
+    """Bytes/s of a sum over `size` float32 numbers, the median of 50."""
     import torch
+    numbers, seconds = torch.ones(size), []
+    for _ in range(55):
+        began = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - began)
+    return 4 * size / statistics.median(seconds[5:])
+
+
+def measure(task, way, shape):
+    import torch
+
+    from versus_trl import gemm_rate
+    model, tokenizer, rows, prompts, new_tokens = load(shape)
+    run = work(task, way, model, tokenizer, rows, prompts, new_tokens)
     torch.manual_seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
-    rates = []
+    runs = []
     for _ in range(3):
         began = time.perf_counter()
-        rates.append(run() / (time.perf_counter() - began))
+        lengths = run()
+        runs.append((time.perf_counter() - began, lengths))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"tokens_per_s": statistics.median(rates), "peak_mb": (peak - before) / 1024}))
+    result = {"tokens_per_s": statistics.median(sum(lengths) / seconds for seconds, lengths in runs),
+              "peak_mb": (peak - before) / 1024}
+    if task == "rollouts":
+        rates = gemm_rate()["gemm"], read_rate(sum(parameter.numel() for parameter in model.parameters()))
+        result |= {"gemm_gflops": rates[0] / 1e9, "bandwidth_gb_per_s": rates[1] / 1e9,
+                   "share_of_limit": statistics.median(decoding_limit(model, prompts, lengths, *rates) / seconds
+                                                       for seconds, lengths in runs)}
+    print(json.dumps(result))
 
 
 def main():
@@ -112,8 +156,7 @@ def main():
             ratio = statistics.median(ours["tokens_per_s"] / naive["tokens_per_s"]
                                       for ours, naive in zip(runs["ours"], runs["naive"]))
             results.append({"task": task, "shape": shape, "device": "cpu", "threads": THREADS, "ratio": ratio,
-                            **{f"tokens_per_s_{way}": median(way, "tokens_per_s") for way in runs},
-                            **{f"peak_mb_{way}": median(way, "peak_mb") for way in runs}})
+                            **{f"{key}_{way}": median(way, key) for key in runs["ours"][0] for way in runs}})
             shown = (f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in results[-1].items())
             print(" ".join(shown), flush=True)
     (ROOT / "benchmarks" / "results" / "core.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -1,12 +1,17 @@
 """How cost grows when one size doubles, and memory of the log-probabilities: -> benchmarks/results/scaling.json
 
-    python benchmarks/scaling.py            # about 3 minutes on 1 CPU core
+    python benchmarks/scaling.py            # about 2 minutes on 1 CPU core
 
 A random Llama of 4 layers, width 128 and 8,192 words. Cost: processor seconds of one rollout (common.generate), and
 of the log-probabilities with their backward pass (common.token_logprobs) on what it wrote, the least of 3, when
-prompts, samples a prompt, new tokens or width double, 1x to 8x; growth is the mean factor a doubling. Memory: what
-token_logprobs with its backward pass adds to the peak of a process of its own, as vocabulary x completion tokens grow
-past LOGITS_AT_ONCE; the logits alone would need 4 bytes x that product.
+prompts, samples a prompt, new tokens or width double, 1x to 8x; growth is the mean factor a doubling, and the last.
+Work grows twofold with the first three (below: what every step costs whatever its size, and a prompt that its samples
+share), and between twofold (head) and fourfold (layers) with width.
+
+Memory: what token_logprobs with its backward pass adds to the peak of a process of its own, as vocabulary x completion
+tokens grow past LOGITS_AT_ONCE (256 MB in float32). `trunk` is what the model without its head adds on the same rows:
+activations, in proportion to tokens. The difference is the head's, and it must stay near LOGITS_AT_ONCE, where all
+logits would need 4 bytes x vocabulary x tokens.
 """
 
 import json
@@ -51,7 +56,8 @@ def cost(prompts: int, samples: int, new_tokens: int, width: int) -> dict:
     return {name: min(values[1:]) for name, values in seconds.items()}
 
 
-def memory(vocabulary: int, length: int) -> None:
+def memory(part: str, vocabulary: int, length: int) -> None:
+    """MB that `logprobs`, or the `trunk` alone, adds to this process's peak, with the backward pass."""
     import torch
 
     from common import token_logprobs
@@ -60,11 +66,23 @@ def memory(vocabulary: int, length: int) -> None:
     model = make_model(64, vocabulary)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+
+    def work(ids):
+        if part == "trunk":
+            model.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        else:
+            token_logprobs(model, ids, None, torch.ones_like(ids)).sum().backward()
+
     ids = torch.randint(3, 512, (8, length // 8))
-    token_logprobs(model, ids[:, :4], None, torch.ones_like(ids[:, :4])).sum().backward()  # libraries are loaded
+    work(ids[:, :4])  # libraries are loaded
     before = peak_mb()
-    token_logprobs(model, ids, None, torch.ones_like(ids)).sum().backward()
+    work(ids)
     print(peak_mb() - before)
+
+
+def added_mb(part: str, vocabulary: int, length: int) -> float:
+    command = [sys.executable, __file__, part, str(vocabulary), str(length)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -76,19 +94,20 @@ def main() -> None:
         for phase in ("rollout", "update"):
             seconds = [c[phase] for c in costs]
             row = {"doubled": name, "phase": phase, "from": BASE[name], "cpu_seconds": seconds,
-                   "growth": (seconds[-1] / seconds[0]) ** (1 / 3)}
+                   "growth": (seconds[-1] / seconds[0]) ** (1 / 3), "last_growth": seconds[-1] / seconds[-2]}
             results["cost"].append(row)
-            print(f"{name:10} {phase:8} {' '.join(f'{s:.3f}' for s in seconds)}  x {row['growth']:.2f}", flush=True)
+            print(f"{name:10} {phase:8} {' '.join(f'{s:.3f}' for s in seconds)}  x {row['growth']:.2f} a doubling, "
+                  f"x {row['last_growth']:.2f} the last", flush=True)
+    trunk = {length: added_mb("trunk", MEMORY[0][0], length) for length in sorted({length for _, length in MEMORY})}
     for vocabulary, length in MEMORY:
-        done = subprocess.run([sys.executable, __file__, str(vocabulary), str(length)], capture_output=True, text=True,
-                              check=True)
-        row = {"vocabulary": vocabulary, "tokens": length, "added_mb": float(done.stdout.splitlines()[-1]),
-               "all_logits_mb": 4 * vocabulary * length / 2**20}
+        row = {"vocabulary": vocabulary, "tokens": length, "added_mb": added_mb("logprobs", vocabulary, length),
+               "trunk_mb": trunk[length], "all_logits_mb": 4 * vocabulary * length / 2**20}
         results["memory"].append(row)
-        print(f"vocabulary {vocabulary:6} x {length:5} tokens: {row['added_mb']:6.0f} MB added; "
-              f"all logits {row['all_logits_mb']:6.0f} MB", flush=True)
+        print(f"vocabulary {vocabulary:6} x {length:5} tokens: {row['added_mb']:6.0f} MB added, trunk "
+              f"{row['trunk_mb']:4.0f}, head {row['added_mb'] - row['trunk_mb']:4.0f}; all logits "
+              f"{row['all_logits_mb']:5.0f}", flush=True)
     (ROOT / "benchmarks" / "results" / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    memory(*map(int, sys.argv[1:])) if len(sys.argv) > 1 else main()
+    memory(sys.argv[1], *map(int, sys.argv[2:])) if len(sys.argv) > 1 else main()
