@@ -52,7 +52,6 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     for threshold, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(threshold, size)
 
-
 ASSETS = Path(__file__).resolve().parent / "assets"  # the embedded world; a copied script runs without it
 
 # ------------------------------------------------------------------------------------------------- command line, errors
