@@ -13,6 +13,8 @@ Nothing here is algorithmic. Conventions, for all of it:
 
 import contextlib
 import ctypes
+import functools
+import gc
 import importlib.util
 import inspect
 import io
@@ -22,6 +24,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import types
 from dataclasses import asdict, dataclass
@@ -85,7 +88,6 @@ def run_script(main, args_class) -> None:
             raise
         message = LOST
     if int(os.environ.get("RANK", 0)) > 0:  # process 0 mostly says the same, and torchrun then ends this one
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     if dist.is_initialized():  # the others may never answer a farewell
@@ -137,6 +139,8 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
         model = kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True).eval()
     model.saved_dtype, model.own_device = saved_dtype, device
     if world()[1] == 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         model.to(device)  # of many processes, none may have room for all of it: see shard()
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
     model.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
@@ -222,33 +226,37 @@ def join_processes() -> None:
     """Find the other processes that torchrun started. Only the first one prints."""
     if not dist.is_torchelastic_launched():
         return
+    if os.environ["RANK"] == "0":  # which may be waiting for the others, and not for signals, when torchrun sends one
+        def tell():
+            signal.sigwait({signal.SIGTERM})
+            print(f"{Path(sys.argv[0]).name}: error: {LOST}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=tell, daemon=True).start()
+    else:
+        sys.stdout = open(os.devnull, "w")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-        return
-
-    def ended(number, frame):  # torchrun's signal to the others when one has
-        raise UserError(LOST)
-
-    signal.signal(signal.SIGTERM, ended)
 
 
 def shard(model, args):
     """FSDP2: each process keeps a part of the weights, of their gradients and of the optimizer's state, and has a
     layer's weights whole while it computes with it. --replicas of the whole, such as one a node, make it HSDP. To be
-    called before an optimizer is made; with one process, nothing changes."""
+    called before an optimizer is made; with one process, nothing changes. With bfloat16 the whole forward pass is in
+    it, where autocast on one GPU leaves norms and the residual stream in fp32."""
     can_pack(model)  # asks base_model, which alone must not be called once it is sharded
     size = world()[1]
     if size == 1:
         return model
     if size % args.replicas:
         raise UserError(f"--replicas {args.replicas}: {size} processes cannot be divided among so many")
-    shape = (size,) if args.replicas == 1 else (args.replicas, size // args.replicas)
-    mesh = dist.init_device_mesh(model.own_device.type, shape, mesh_dim_names=("copies", "parts")[-len(shape):])
     policy = MixedPrecisionPolicy(param_dtype=model.autocast_dtype, reduce_dtype=torch.float32)
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        raise UserError(f"{model.config.model_type}: transformers does not say what its layers are: use one process")
+    mesh = device_mesh(model.own_device.type, args.replicas, size // args.replicas)
     for module in [*layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by what the batches of all processes count
@@ -256,6 +264,13 @@ def shard(model, args):
     model.base_states = types.MethodType(base_states, model)
     register_fsdp_forward_method(model, "base_states")
     return model
+
+
+@functools.cache
+def device_mesh(kind: str, copies: int, parts: int):
+    if copies == 1:
+        return dist.init_device_mesh(kind, (parts,))
+    return dist.init_device_mesh(kind, (copies, parts), mesh_dim_names=("copies", "parts"))
 
 
 @contextlib.contextmanager
@@ -366,11 +381,12 @@ def token_logprobs(model, input_ids, attention_mask, completion_mask, temperatur
     targets = input_ids[wanted]  # [N]
     at_once = LOGITS_AT_ONCE if targets.is_cuda or torch.is_grad_enabled() else LOGITS_AT_ONCE // 16  # fits the caches
     rows = max(1, at_once // head.weight.shape[0])
-    if len(targets) <= rows:
-        logps = chunk_logprobs(hidden, targets)
-    else:
-        logps = torch.cat([checkpoint(chunk_logprobs, h, t, use_reentrant=False)
-                           for h, t in zip(hidden.split(rows), targets.split(rows))])
+    with autocast(model):  # around all chunks: it casts the head once
+        if len(targets) <= rows:
+            logps = chunk_logprobs(hidden, targets)
+        else:
+            logps = torch.cat([checkpoint(chunk_logprobs, h, t, use_reentrant=False)
+                               for h, t in zip(hidden.split(rows), targets.split(rows))])
     return torch.zeros(input_ids.shape, device=logps.device).masked_scatter(wanted, logps)
 
 
@@ -501,10 +517,11 @@ def pad_rows(rows: list[tuple[list[int], list[int]]], device="cpu"):
     return both.to(device).unbind(1)
 
 
-def micro_batches(lengths: list[int], micro_batch_size: int | None, tokens: int = 4096) -> list[list[int]]:
+def micro_batches(lengths: list[int], micro_batch_size: int | None, tokens: int = 4096, together=False):
     """Row numbers, sorted by length so that little is padding, in groups for one forward pass each: `micro_batch_size`
     of them, or (None) as many as fit into `tokens` tokens, padding included. Of many processes each gets its share of
-    every group: they make equally many passes, as FSDP demands."""
+    every group, so that they make equally many passes, as FSDP demands: every so manieth row, which makes the shares
+    equally long, or (`together`) neighbours, which may have their prompt in common."""
     (rank, size), groups = world(), []
     if len(lengths) < size:
         raise UserError(f"{len(lengths)} rows for {size} processes: give at least one for each (--batch-size, "
@@ -518,6 +535,8 @@ def micro_batches(lengths: list[int], micro_batch_size: int | None, tokens: int 
             groups.append([row])
     if len(groups[-1]) < size:
         groups[-2:] = [groups[-2] + groups[-1]]
+    if together:
+        return [group[len(group) * rank // size:len(group) * (rank + 1) // size] for group in groups]
     return [group[rank::size] for group in groups]
 
 
@@ -557,18 +576,19 @@ def generate(model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temper
     Pure sampling: top-k or top-p would make `logps` those of another policy. (Greedy `logps` are at temperature 1.)
     """
     encoded = [p if p and isinstance(p[0], int) else encode_prompt(tokenizer, p) for p in prompts]
-    stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
+    stops = stop_ids(model, tokenizer)
     draws = torch.rand(len(encoded), num_samples, max_new_tokens)  # a number for each token, whoever computes it when
     shape, (rank, size) = (len(encoded), num_samples), world()
     tokens = torch.zeros(*shape, max_new_tokens, dtype=torch.long, device=model.device)
     logps = torch.zeros(*shape, max_new_tokens, device=model.device)
     lengths = torch.zeros(shape, dtype=torch.long, device=model.device)
+    rows_at_once = min(rows_at_once, 2**17 // (max(map(len, encoded)) + max_new_tokens))  # a cache has so many tokens
     own, per_pass = range(rank, len(encoded), size), max(1, rows_at_once // num_samples)
     with unsharded(model), autocast(model):
         for start in range(0, len(own), per_pass):
             here = list(own[start:start + per_pass])
             sampled = sample_rows(model, [encoded[i] for i in here], draws[here].flatten(0, 1).to(model.device),
-                                  temperature, stops)
+                                  temperature, torch.tensor(stops, device=model.device))
             for all_rows, rows in zip((tokens, logps, lengths), sampled):
                 all_rows[here] = rows.unflatten(0, (len(here), num_samples))
     tokens, logps, lengths = (summed(x).flatten(0, 1) for x in (tokens, logps, lengths))  # [B, ...]
@@ -609,7 +629,7 @@ def sample_rows(model, prompts, draws, temperature, stops):
         token, logp = sample_token(logits, temperature, draws[live, t])
         tokens[live, t], logps[live, t] = token, logp
         stopped = running & torch.isin(token, stops)
-        lengths[live[stopped]] = t + 1
+        lengths[live] = torch.where(stopped, t + 1, lengths[live])
         running = running & ~stopped
         if t + 1 == max_new_tokens:
             break
@@ -692,9 +712,17 @@ class StaticStep(DecodingStep):
         return self.logits
 
     def capture(self):
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.forward(self.token, self.mask, self.positions)
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            torch.cuda.set_sync_debug_mode("error")  # a model that asks the host is found out before it spoils a graph
+            self.forward(self.token, self.mask, self.positions)
+            torch.cuda.set_sync_debug_mode("default")
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.forward(self.token, self.mask, self.positions)
+            self.graph = graph
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_stream(stream)
 
 
 def captured_step(model, cache, token, mask, column):
@@ -705,7 +733,8 @@ def captured_step(model, cache, token, mask, column):
         for layer in cache.layers:
             layer.column, layer.length = column_tensor, column
 
-    if getattr(model, "decodes_statically", True) and all(type(layer) is RoomyLayer for layer in cache.layers):
+    roomy = all(type(layer) is RoomyLayer for layer in cache.layers)
+    if roomy and getattr(model, "decodes_statically", not isinstance(model, FSDPModule)):
         try:
             use(None)
             expected = None if hasattr(model, "decodes_statically") else plain(token, mask, column)
@@ -1087,10 +1116,13 @@ def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, ste
         rollout = generate(model, tokenizer, prefixed, 1, args.max_new_tokens, args.temperature)
     ref_rows = rollout.rows if not prefix else [make_row(encode_prompt(tokenizer, prompt), ids[mask.index(1):])
                                                 for prompt, (ids, mask) in zip(prompts, rollout.rows)]
-    if reference is None:  # for a moment, where training needs none
-        reference = shard(load_model(args.model, args.device, args.dtype), args)
-    log_ratios = (sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
-                  - sequence_logprobs(reference, ref_rows, args.micro_batch_size, args.temperature))
+    log_ratios = sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
+    # Where training needs no reference, one is read for a moment.
+    ref_model = reference or shard(load_model(args.model, args.device, args.dtype), args)
+    log_ratios -= sequence_logprobs(ref_model, ref_rows, args.micro_batch_size, args.temperature)
+    if reference is None:
+        del ref_model
+        gc.collect()  # FSDP's modules know each other in circles
     metrics = {"ended": rollout.ended.float().mean().item()}
     metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
     samples = [{"step": step, "prompt": p, "completion": c, "ended": e}
@@ -1230,12 +1262,10 @@ class Run:
         self.files[name].flush()
 
     def save_checkpoint(self, step: int, model, optimizer, memory: dict) -> None:
-        weights, moments, buffer = whole(in_parts(model).state_dict()), whole(optimizer.state_dict()), io.BytesIO()
-        if world()[0] == 0:
-            torch.save({"step": step, "memory": memory, "model": weights, "optimizer": moments,
-                        "lengths": {name: file.tell() for name, file in self.files.items()},
-                        "random": random_state()}, buffer)
-            write_atomically(self.checkpoint, buffer.getbuffer())
+        weights, moments = whole(in_parts(model).state_dict()), whole(optimizer.state_dict())
+        state = {"step": step, "memory": memory, "model": weights, "optimizer": moments, "random": random_state(),
+                 "lengths": {name: file.tell() for name, file in self.files.items()}}
+        write_atomically(self.checkpoint, lambda file: torch.save(state, file))
 
     def write_results(self, **results) -> None:
         results["seconds"] = time.time() - self.started
@@ -1259,12 +1289,13 @@ def set_random_state(state: list[torch.Tensor]) -> None:
 
 
 def write_atomically(path: Path, data) -> None:
-    """The file is there whole or not at all, after a power cut too. Of many processes the first writes."""
+    """Bytes, or what writes them into a file: it is there whole or not at all, after a power cut too. Of many processes
+    the first writes."""
     if world()[0] > 0:
         return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        data(file) if callable(data) else file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -187,13 +187,12 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    model = shard(load_model(args.model, args.device, args.dtype, args.gradient_checkpointing), args)
     reward = load_reward(args)
     pairs, eval_pairs, prompt_rows = load_comparisons(args, model, tokenizer)
     plan = batches(len(pairs), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(pairs)} comparisons, {len(eval_pairs)} held out; {len(plan)} updates of {args.batch_size}", flush=True)
 
-    shard(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     done, memory = run.start(model, optimizer)
 

@@ -151,7 +151,7 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    model = shard(load_model(args.model, args.device, args.dtype, args.gradient_checkpointing), args)
     gold = reward_from_function(args.reward_fn) if args.reward_fn else None
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
 
@@ -161,7 +161,6 @@ def main(args: Args) -> None:
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {args.rounds} rounds of {len(chosen[0])} prompts x "
           f"{args.n} answers, {steps} updates of {args.batch_size} each", flush=True)
 
-    shard(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     done, memory = run.start(model, optimizer)
 

@@ -234,7 +234,7 @@ def groups_of_rows(rollout, rows, args) -> list[list[int]]:
     for prompt, i in zip(prompts, rows):
         longest[prompt] = max(longest.get(prompt, 0), len(rollout.rows[i][0]))
     return [[rows[j] for j in group]
-            for group in micro_batches([longest[prompt] for prompt in prompts], args.micro_batch_size)]
+            for group in micro_batches([longest[prompt] for prompt in prompts], args.micro_batch_size, together=True)]
 
 
 def add_gradients(model, rollout, mask, advantages, old_logps, ref_logps, rows, total, args):
@@ -352,7 +352,7 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    model = shard(load_model(args.model, args.device, args.dtype, args.gradient_checkpointing), args)
     reference = shard(load_model(args.model, args.device, args.dtype), args) if args.beta else None
     rewards_of, weights = load_rewards(args)
 
@@ -364,7 +364,6 @@ def main(args: Args) -> None:
     print(f"{len(rows)} prompts, {len(eval_rows)} held out; {len(plan)} rollouts of {args.batch_size} x "
           f"{args.group_size} completions, {args.updates_per_rollout} update(s) each", flush=True)
 
-    shard(model, args)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )

@@ -192,14 +192,14 @@ def policy_loss(logps, old_logps, advantages, mask, clip, total=None):
     micro-batches share an update's."""
     rho = ((logps - old_logps) * mask).exp()
     losses = -torch.min(rho * advantages, rho.clamp(1 - clip, 1 + clip) * advantages)
-    return (losses * mask).sum() / (total or mask.sum())
+    return (losses * mask).sum() / (mask.sum() if total is None else total)
 
 
 def value_loss(values, old_values, returns, mask, clip, total=None):
     """Equation (5), the mean over tokens: all [B, T] -> scalar."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     losses = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
-    return (losses * mask).sum() / (total or mask.sum())
+    return (losses * mask).sum() / (mask.sum() if total is None else total)
 
 
 # --------------------------------------------------------------------------------------------------------------- critic
@@ -338,11 +338,11 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    model = shard(load_model(args.model, args.device, args.dtype, args.gradient_checkpointing), args)
     reference = shard(load_model(args.model, args.device, args.dtype), args)
     gold = reward_from_function(args.reward_fn) if args.reward_fn else None
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
-    critic = load_critic(args, tokenizer)
+    critic = shard(load_critic(args, tokenizer), args)
 
     rows, eval_rows = load_prompts(args, model, tokenizer)
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
@@ -350,8 +350,6 @@ def main(args: Args) -> None:
           f"{args.ppo_epochs} x {args.mini_batches} updates each; in the first {args.critic_warmup} the critic learns "
           "alone", flush=True)
 
-    shard(model, args)
-    shard(critic, args)
     networks = torch.nn.ModuleDict({"policy": model, "critic": critic})
     optimizer = torch.optim.AdamW([{"params": list(network.parameters())} for network in networks.values()],
                                   lr=args.learning_rate, weight_decay=0.0, fused=True)

@@ -158,7 +158,7 @@ def conditioning_loss(logps: torch.Tensor, ref_logps: torch.Tensor | None, targe
     label; targets [N] -> (loss, KL(pi_ref || pi_theta)), nats. ref_logps None: beta is 0."""
     nll = F.nll_loss(logps, targets, reduction="sum")
     if ref_logps is None:
-        return nll, torch.zeros(())
+        return nll, torch.zeros_like(nll)
     kl = F.kl_div(logps, ref_logps, reduction="sum", log_target=True)
     return nll + beta * kl, kl.detach()
 
@@ -265,7 +265,7 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    model = shard(load_model(args.model, args.device, args.dtype, args.gradient_checkpointing), args)
     reference = shard(load_model(args.model, args.device, args.dtype), args) if args.beta else None
     gold = reward_from_function(args.reward_fn) if args.reward_fn else None
     proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
@@ -283,7 +283,6 @@ def main(args: Args) -> None:
         print(f"{len(data)} labelled answers, {len(eval_rows)} held-out prompts; {steps} updates of {args.batch_size}",
               flush=True)
 
-    shard(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     done, memory = run.start(model, optimizer)
 

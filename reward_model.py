@@ -39,6 +39,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 from common import (ASSETS, Run, UserError, batches, clip_gradients, column, comparison, encode_all, encode_row,
                     head_scores, hold_out, in_parts, learning_rate_at, load_model, load_rows, load_tokenizer,
@@ -129,8 +130,9 @@ def add_head(model, tokenizer) -> None:
     """A new head with one label, and a pad token by which the stock head finds EOS in rows padded on the right."""
     width = model.score.in_features
     model.config.num_labels = model.num_labels = 1
-    model.score = torch.nn.Linear(width, 1, bias=False).to(model.device)
-    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
+    head = torch.nn.Linear(width, 1, bias=False)
+    torch.nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
+    model.score = head.to(model.device)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
@@ -168,10 +170,9 @@ def centre(model, rows, micro_batch_size) -> None:
     ridge = 1e-4 * covariance.trace() / len(mean)  # rows may be fewer than dimensions
     direction = torch.linalg.solve(covariance + ridge * torch.eye(len(mean), device=mean.device), mean)
     direction /= direction @ mean
-    weight = model.score.weight.double().squeeze(0)  # whole, as the last forward pass leaves it
-    weight = (weight - (weight @ mean) * direction).float()[None]
     parameter = in_parts(model).score.weight
-    parameter.copy_(own_part(weight, parameter))
+    weight = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).double().squeeze(0)
+    parameter.copy_(own_part((weight - (weight @ mean) * direction).float()[None], parameter))
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss

@@ -152,10 +152,9 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = load_model(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    model = shard(load_model(args.model, args.device, args.dtype, args.gradient_checkpointing), args)
     rows, eval_rows, prompts = load_demonstrations(args, model, tokenizer)
 
-    shard(model, args)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
