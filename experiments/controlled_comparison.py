@@ -91,8 +91,10 @@ def summary(by_seed: dict[int, dict]) -> list[dict]:
         own = [policies[name] for policies in by_seed.values()]
         row = {"method": name, "seeds": len(own)}
         row |= {key: mean([m[key] for m in own]) for key in ("win_rate", "reward", "proxy_reward", "kl", "length")}
-        row["win_rate_se"] = mean([m.get("win_rate_se", 0.0) ** 2 for m in own]) ** 0.5
         row["win_rate_by_seed"] = [m["win_rate"] for m in own]
+        over_prompts = mean([m.get("win_rate_se", 0.0) ** 2 for m in own])  # all seeds have the same
+        spread = sum((m["win_rate"] - row["win_rate"]) ** 2 for m in own) / max(1, len(own) - 1) / len(own)
+        row["win_rate_se"] = max(over_prompts, spread) ** 0.5
         rows.append(row)
     return sorted(rows, key=lambda row: -row["win_rate"])
 
