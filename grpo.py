@@ -19,7 +19,7 @@ The two agree neither in what is clipped nor in length: a token of a long comple
     --ratio sequence        (1) to the letter. GSPO (Zheng et al. 2025) takes the geometric mean over the tokens,
                             rho_i ** (1 / |o_i|): without it, a long completion's ratio soon leaves the clipping range
 
-    python grpo.py                                                   # sums: right 31% of the time, then 96%
+    python grpo.py                                                   # sums: right 30% of the time, then 96%
     python grpo.py --beta 0.04 --kl-correction                       # stay close to the reference
     python grpo.py --loss-type dr_grpo --no-scale --updates-per-rollout 2
     python grpo.py --dataset assets/data/review_prompts.jsonl --eval-dataset assets/data/review_prompts_heldout.jsonl \\

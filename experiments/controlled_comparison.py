@@ -18,7 +18,7 @@ of PPO. These defaults were chosen by looking at gold rewards of held-out sample
     python experiments/controlled_comparison.py  # two runs at a time; finished ones are kept, unfinished ones go on
 
 evaluate.py has the last word, once for each seed of the runs, on the same 500 held-out prompts with fresh samples. The
-standard error is that of one seed's 500 prompts; beside it stands the spread of the seeds. Writes
+standard error is that of one seed's 500 prompts, or that of the seeds where they differ by more. Writes
 experiments/results/controlled_comparison.json and .png, on it also the base -> SFT -> PPO bars.
 """
 
