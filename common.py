@@ -109,7 +109,7 @@ def parse_args(args_class):
         blocks = re.split(r"(?:─{2,}|-{10,})\W*", text)
         raise UserError(f"{blocks[1]} (--help lists the flags)")
     for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_length", "eval_prompts",
-                 "max_grad_norm", "max_new_tokens", "temperature", "beta", "eval_every", "save_every"):
+                 "max_grad_norm", "max_new_tokens", "temperature", "beta", "eval_every", "save_every", "replicas"):
         value = getattr(args, name, None)
         zero_too = name in getattr(args_class, "may_be_zero", ()) and value == 0
         if value is not None and not 0 < value < math.inf and not zero_too:
@@ -251,7 +251,7 @@ def shard(model, args):
     if size == 1:
         return model
     if size % args.replicas:
-        raise UserError(f"--replicas {args.replicas}: {size} processes cannot be divided among so many")
+        raise UserError(f"--replicas {args.replicas}: {size} processes cannot be divided equally among so many copies")
     policy = MixedPrecisionPolicy(param_dtype=model.autocast_dtype, reduce_dtype=torch.float32)
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not layers:
@@ -1295,7 +1295,10 @@ def write_atomically(path: Path, data) -> None:
         return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        data(file) if callable(data) else file.write(data)
+        try:
+            data(file) if callable(data) else file.write(data)
+        except RuntimeError as error:  # what torch.save calls a full disk
+            raise OSError(f"{path}: {error}")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
