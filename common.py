@@ -51,8 +51,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 transformers.utils.logging.disable_progress_bar()
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    # glibc gives large tensors back to the kernel, and pays for each page of the next one: let it keep them.
-    for threshold, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    # glibc gives large tensors back to the kernel, and pays for each page of the next one: let it keep them, up to half
+    # of LOGITS_AT_ONCE. Larger ones leave holes that nothing fits: memory would grow with vocabulary x length.
+    for threshold, size in ((-3, 2**27), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(threshold, size)
 
 ASSETS = Path(__file__).resolve().parent / "assets"  # the embedded world; a copied script runs without it
