@@ -196,7 +196,8 @@ def make_tokenizer(texts: list[str]):
     )
 
 
-def make_base(steps: int = BASE_STEPS, layers: int = 4, width: int = 128, directory: Path = ASSETS / "tiny-base") -> None:
+def make_base(steps: int = BASE_STEPS, layers: int = 4, width: int = 128,
+              directory: Path = ASSETS / "tiny-base") -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -4,9 +4,9 @@ comparisons and three sizes of model, under the ceiling of who knows the gold re
     pip install -r experiments/requirements.txt
     python experiments/rm_scaling.py          # writes experiments/results/rm_scaling.json and .png
 
-The two smaller models are made as assets/make.py and sft.py make tiny-sft, from the same pages and demonstrations. Every
-run is `python reward_model.py --model M --split train[:N] --seed S` with all other flags at their defaults. Finished runs
-under runs/rm_scaling are not run again.
+The two smaller models are made as assets/make.py and sft.py make tiny-sft, from the same pages and demonstrations.
+Every run is `python reward_model.py --model M --split train[:N] --seed S` with all other flags at their defaults.
+Finished runs under runs/rm_scaling are not run again.
 """
 
 import json
@@ -43,8 +43,8 @@ def measure() -> list[dict]:
         for n in COMPARISONS:
             for seed in SEEDS:
                 name = f"{layers}x{width}-{n}-{seed}"
-                result = run(RUNS / name, ["reward_model.py", "--model", model, "--split", f"train[:{n}]", "--seed", seed,
-                                           "--eval-every", 10**6, "--save-every", 10**6])
+                result = run(RUNS / name, ["reward_model.py", "--model", model, "--split", f"train[:{n}]",
+                                           "--seed", seed, "--eval-every", 10**6, "--save-every", 10**6])
                 kept = ("accuracy", "log_loss", "rank_correlation", "bayes_accuracy", "bayes_log_loss")
                 points.append({"layers": layers, "width": width, "parameters": SIZES[layers, width],
                                "comparisons": n, "seed": seed} | {key: result[key] for key in kept})

@@ -98,7 +98,8 @@ def test_derivatives(ties, tie):
 
 
 @pytest.mark.parametrize("data, model", [(data, model) for data in ("games", "simulated", "arena")  # the games: no ties
-                                         for model in ("half", "ridge", "davidson", "rao-kupper") if model in GOLDEN[data]])
+                                         for model in ("half", "ridge", "davidson", "rao-kupper")
+                                         if model in GOLDEN[data]])
 def test_agrees_with_scipy(data, model):
     golden = GOLDEN[data]
     i, j, mu, weights = expand(golden["counts"])
@@ -442,8 +443,8 @@ def test_trajectories_run(tmp_path, capsys):
     assert results["identified"] == 34 and results["share_of_optimum"] > 0.95 and results["reward_error"] < 0.3
 
 
-@pytest.mark.parametrize("ties, suffix", [("half", ".csv"), ("davidson", ".csv"), ("rao-kupper", ".csv"), ("half", ".jsonl"),
-                                          ("half", ".parquet")])
+@pytest.mark.parametrize("ties, suffix", [("half", ".csv"), ("davidson", ".csv"), ("rao-kupper", ".csv"),
+                                          ("half", ".jsonl"), ("half", ".parquet")])
 def test_battles_run(tmp_path, capsys, ties, suffix):
     arena, path = GOLDEN["arena"], tmp_path / f"battles{suffix}"
     words = ["model_a", "tie (bothbad)", "model_b"]

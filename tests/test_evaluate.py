@@ -1,4 +1,5 @@
-"""Evaluation: KL against the sum over all completions, Elo against bt_bandit.fit_bt, pairs by hand; run directory, mistakes."""
+"""Evaluation: KL against the sum over all completions, Elo against bt_bandit.fit_bt, pairs by hand; run directory,
+mistakes."""
 
 import json
 import sys
@@ -15,21 +16,24 @@ from evaluate import Args, distinct_n, fit_elo, outcomes_by_judge, outcomes_by_r
 from test_runs import metrics_of, run, start
 from tiny import byte_level, saved_language
 
-# ------------------------------------------------------------------------------------------------------- KL by enumeration
+# ---------------------------------------------------------------------------------------------------- KL by enumeration
 
 
 @pytest.fixture(scope="module")
 def languages(tmp_path_factory):
-    """A policy that wants "c d" in front of each prompt, and a reference that does not -> directories, exact KL for "a b"."""
+    """A policy that wants "c d" in front of each prompt, and a reference that does not -> directories, exact KL for
+    "a b"."""
     directory = tmp_path_factory.mktemp("languages")
     answers = saved_language(directory / "reference", 1, std=0.6)
     saved_language(directory / "policy", 2, prefix="c d ", std=0.6)
     rows = {"policy": [0, 4, 5, 2, 3], "reference": [0, 2, 3]}  # <s> c d a b, <s> a b
-    logps = [sequence_logprobs(load_model(str(directory / name)), [make_row(ids, answer) for answer in answers]).double()
+    logps = [sequence_logprobs(load_model(str(directory / name)),
+                               [make_row(ids, answer) for answer in answers]).double()
              for name, ids in rows.items()]
     assert all(abs(x.exp().sum() - 1) < 1e-5 for x in logps)
     exact = (logps[0].exp() * (logps[0] - logps[1])).sum().item()
-    wrong = sequence_logprobs(load_model(str(directory / "reference")), [make_row(rows["policy"], answer) for answer in answers])
+    wrong = sequence_logprobs(load_model(str(directory / "reference")),
+                              [make_row(rows["policy"], answer) for answer in answers])
     assert abs((logps[0].exp() * (logps[0] - wrong)).sum() - exact) > 0.2  # to the reference with the prefix
     return directory, exact
 
@@ -64,8 +68,9 @@ def test_a_prefix_in_front_of_texts_and_conversations(tmp_path):
     tokenizer.init_kwargs["prompt_prefix"] = "x:"
     tokenizer.save_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.decode(encode_prompt(tokenizer, "ab")) == tokenizer.decode(encode_prompt(tokenizer, chat[1:2])[:0] +
-                                                                                 encode_prompt(tokenizer, [{"role": "user", "content": "ab"}])) == "x:ab"
+    assert tokenizer.decode(encode_prompt(tokenizer, "ab")) == tokenizer.decode(
+        encode_prompt(tokenizer, chat[1:2])[:0] + encode_prompt(tokenizer, [{"role": "user", "content": "ab"}])
+    ) == "x:ab"
 
 
 # ----------------------------------------------------------------------------------------------------------- pairs, Elo
@@ -96,7 +101,8 @@ def test_elo_from_far_away():
     i, j = torch.tensor([0, 0, 1, 1] * 500), torch.tensor([1, 1, 2, 2] * 500)
     mu = torch.ones(2000, dtype=torch.float64)
     mu[[0, 2]] = 0.0
-    torch.testing.assert_close(fit_elo(i, j, mu, torch.arange(2000), 3)[0], fit_bt(i, j, mu, 3).rewards, rtol=0, atol=1e-8)
+    torch.testing.assert_close(fit_elo(i, j, mu, torch.arange(2000), 3)[0], fit_bt(i, j, mu, 3).rewards,
+                               rtol=0, atol=1e-8)
 
 
 def test_battles_that_share_a_prompt_are_not_new_evidence():
@@ -109,8 +115,8 @@ def test_battles_that_share_a_prompt_are_not_new_evidence():
 
 
 def test_the_intervals_hold_for_another_draw_of_prompts():
-    """Answers of four players to 60 prompts, judged by their quality: 1,000 draws. The rating differences spread as told,
-    and twice the battles' own number would say too little."""
+    """Answers of four players to 60 prompts, judged by their quality: 1,000 draws. The rating differences spread as
+    told, and twice the battles' own number would say too little."""
     torch.manual_seed(1)
     found, told = [], []
     i, j = torch.combinations(torch.arange(4)).T
@@ -153,7 +159,7 @@ def test_a_judge_sees_both_sides_and_cannot_favour_one():
     assert mu.tolist() == [0, 0, 0, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------- as it is run
+# --------------------------------------------------------------------------------------------------------- as it is run
 
 BASE, SFT = ROOT / "assets" / "tiny-base", ROOT / "assets" / "tiny-sft"
 
@@ -163,10 +169,11 @@ def finished(tmp_path_factory):
     """tiny-base, tiny-sft at another draw, and a file in which each answer praises."""
     directory = tmp_path_factory.mktemp("evaluate")
     prompts = [json.loads(line) for line in (ROOT / "assets" / "data" / "review_prompts_heldout.jsonl").open()][:30]
-    lines = [json.dumps({**row, "completion": " What a superb film." if n else " The plot is awful."}) for n, row in enumerate(prompts)]
+    lines = [json.dumps({**row, "completion": " What a superb film." if n else " The plot is awful."})
+             for n, row in enumerate(prompts)]
     (directory / "praise.jsonl").write_text("\n".join(lines))
-    flags = ["--models", BASE, SFT, directory / "praise.jsonl", "--names", "base", "again", "praise", "--split", "train[:30]",
-             "--max-new-tokens", "16"]
+    flags = ["--models", BASE, SFT, directory / "praise.jsonl", "--names", "base", "again", "praise",
+             "--split", "train[:30]", "--max-new-tokens", "16"]
     status, output, errors = run("evaluate", *flags, "--output-dir", directory / "run")
     assert status == 0 and errors == "", errors
     return directory / "run", flags, output
@@ -180,7 +187,8 @@ def test_run_directory(finished):
     assert results["prompts"] == 30 and results["battles"] == 6 * 30 and results["seconds"] > 0
     assert abs(policies["tiny-sft"]["kl"]) < 1e-6 and policies["base"]["kl"] > 1 and "kl" not in policies["praise"]
     assert policies["again"]["reward"] != policies["tiny-sft"]["reward"]  # another draw of the same policy
-    assert policies["praise"]["reward"] == pytest.approx((29 * 1.5 - 1.5) / 30) and policies["praise"]["distinct_1"] == 8 / 120
+    assert (policies["praise"]["reward"] == pytest.approx((29 * 1.5 - 1.5) / 30)
+            and policies["praise"]["distinct_1"] == 8 / 120)
     samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
     rewards = {name: [s["reward"] for s in samples if s["policy"] == name] for name in policies}
     for name in ("base", "again", "praise"):
@@ -194,11 +202,13 @@ def test_run_directory(finished):
 def test_the_battles_are_bt_bandits(finished, tmp_path):
     directory, _, output = finished
     assert f"python bt_bandit.py --data {directory / 'battles.jsonl'}" in output
-    status, _, errors = run("bt_bandit", "--data", directory / "battles.jsonl", "--bootstrap", "0", "--output-dir", tmp_path)
+    status, _, errors = run("bt_bandit", "--data", directory / "battles.jsonl", "--bootstrap", "0",
+                            "--output-dir", tmp_path)
     assert status == 0, errors
     ratings = dict(line.split(",")[:2] for line in (tmp_path / "ratings.csv").read_text().splitlines()[1:])
     policies = json.loads((directory / "results.json").read_text())["policies"]
-    assert {name: pytest.approx(float(rating), abs=1e-6) for name, rating in ratings.items()} == {n: m["elo"] for n, m in policies.items()}
+    assert ({name: pytest.approx(float(rating), abs=1e-6) for name, rating in ratings.items()}
+            == {n: m["elo"] for n, m in policies.items()})
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
@@ -229,11 +239,12 @@ def call(monkeypatch, capsys, *flags):
 
 def test_a_judge_decides_instead_of_the_reward(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "j.py").write_text("def longer(prompts, completions_a, completions_b):\n"
-                                   "    return [1 if len(a) > len(b) else 0 for a, b in zip(completions_a, completions_b)]")
+    (tmp_path / "j.py").write_text(
+        "def longer(prompts, completions_a, completions_b):\n"
+        "    return [1 if len(a) > len(b) else 0 for a, b in zip(completions_a, completions_b)]")
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"Q: 1{n}+2?"}) for n in range(10)))
-    status, said = call(monkeypatch, capsys, "--dataset", "p.jsonl", "--split", "train", "--judge-fn", "j.py:longer", "--max-new-tokens", "12",
-                        "--seed", "1")
+    status, said = call(monkeypatch, capsys, "--dataset", "p.jsonl", "--split", "train", "--judge-fn", "j.py:longer",
+                        "--max-new-tokens", "12", "--seed", "1")
     assert status == 0, said.err
     results = json.loads((tmp_path / "runs" / "evaluate" / "results.json").read_text())["policies"]
     assert results["tiny-base"]["win_rate"] == 1.0 and "reward" not in results["tiny-base"]  # it hardly ever stops
@@ -250,7 +261,8 @@ MISTAKES = {
     "an answer too few": (["--models", "a.jsonl"], {"a.jsonl": {"prompt": "a", "completion": "b"}}, "no answer"),
     "answers without a completion": (["--models", "a.jsonl"], {"a.jsonl": {"prompt": "a"}}, "row 1"),
     "nothing that judges": (["--dataset", "d.jsonl", "--split", "train"], {"d.jsonl": {"prompt": "a"}}, "--judge-fn"),
-    "no prompt": (["--dataset", "d.jsonl", "--split", "train", "--judge-fn", "j.py:judge"], {"d.jsonl": {"text": "a"}}, "row 1"),
+    "no prompt": (["--dataset", "d.jsonl", "--split", "train", "--judge-fn", "j.py:judge"], {"d.jsonl": {"text": "a"}},
+                  "row 1"),
     "no judge": (["--judge-fn", "none.py:judge"], {}, "none.py"),
     "another judge": (["--judge-fn", "j.py:jury"], {"j.py": JUDGE + "return []"}, "jury"),
     "a judge that raises": (["--judge-fn", "j.py:judge"], {"j.py": JUDGE + "return [1 / 0]"}, "ZeroDivision"),
@@ -276,4 +288,5 @@ def test_mistakes_end_with_status_2_and_one_line(name, tmp_path, monkeypatch, ca
     quick = ["--max-new-tokens", "2"] if "--max-new-tokens" not in flags else []
     split = ["--split", "train[:3]"] if "--split" not in flags else []
     status, said = call(monkeypatch, capsys, *flags, *quick, *split)
-    assert status == 2 and said.err.startswith("evaluate.py: error: ") and said.err.count("\n") == 1 and what in said.err, said.err
+    assert (status == 2 and said.err.startswith("evaluate.py: error: ") and said.err.count("\n") == 1
+            and what in said.err), said.err

@@ -70,7 +70,8 @@ def test_the_error_of_a_share_is_the_spread_of_shares():
     point = {"kl": 2.0, "kl_se": 0.05, "reward": 2.1, "reward_se": 0.04, "reward_ref": 0.1, "reward_ref_se": 0.03}
     found = frontier.judged(point, CURVE)
     assert found["share_of_optimum"] == pytest.approx(0.8) and not found["above"]
-    reward, ref, kl = (point[name] + point[f"{name}_se"] * torch.randn(100_000) for name in ("reward", "reward_ref", "kl"))
+    reward, ref, kl = (point[name] + point[f"{name}_se"] * torch.randn(100_000)
+                       for name in ("reward", "reward_ref", "kl"))
     assert found["share_se"] == pytest.approx(((reward - ref) / (2.0 + (kl - 1) / 2)).std().item(), rel=0.02)
 
 
@@ -82,7 +83,8 @@ def test_a_point_above_the_optimum_is_told():
 
 
 def test_means_over_seeds():
-    points = [{"method": "A", "setting": "n 2", "kl": 1.0, "reward": 2.0 + x, "share_of_optimum": 0.9 + x, "share_se": 0.01} for x in (-0.1, 0.1)]
+    points = [{"method": "A", "setting": "n 2", "kl": 1.0, "reward": 2.0 + x, "share_of_optimum": 0.9 + x,
+               "share_se": 0.01} for x in (-0.1, 0.1)]
     row, = frontier.summary(points)
     assert row["seeds"] == 2 and row["reward"] == 2.0 and row["share_of_optimum"] == pytest.approx(0.9)
     assert row["share_se"] == pytest.approx(0.1)  # their spread says more than their own errors
@@ -90,20 +92,22 @@ def test_means_over_seeds():
     assert row["share_se"] is None
 
 
-# -------------------------------------------------------------------------------------------------------------- the runs
+# ------------------------------------------------------------------------------------------------------------- the runs
 
 
 def test_finished_runs_are_not_run_again_and_others_go_on(tmp_path, monkeypatch):
-    (tmp_path / "script.py").write_text("import json, pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--output-dir') + 1])\n"
-                                        "json.dump({'seconds': 1, 'argv': sys.argv[1:]}, open(out / 'results.json', 'w'))\n"
-                                        "print('seen')\nsys.exit('bad' in sys.argv)")
+    (tmp_path / "script.py").write_text(
+        "import json, pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--output-dir') + 1])\n"
+        "json.dump({'seconds': 1, 'argv': sys.argv[1:]}, open(out / 'results.json', 'w'))\n"
+        "print('seen')\nsys.exit('bad' in sys.argv)")
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     first = runs.run(tmp_path / "a", ["script.py", "--beta", 0.1])
     assert first["argv"][:2] == ["--beta", "0.1"] and "--resume" not in first["argv"]
     (tmp_path / "script.py").rename(tmp_path / "moved.py")
     assert runs.run(tmp_path / "a", ["script.py", "--beta", 0.1]) == first
     (tmp_path / "moved.py").rename(tmp_path / "script.py")
-    assert runs.run(tmp_path / "a", ["script.py", "--beta", 0.2])["argv"][:2] == ["--beta", "0.2"]  # other flags: another run
+    # other flags: another run
+    assert runs.run(tmp_path / "a", ["script.py", "--beta", 0.2])["argv"][:2] == ["--beta", "0.2"]
     (tmp_path / "a" / "results.json").unlink()
     assert "--resume" in runs.run(tmp_path / "a", ["script.py", "--beta", 0.2])["argv"]
     with pytest.raises(SystemExit, match="status 1: seen"):
@@ -112,16 +116,21 @@ def test_finished_runs_are_not_run_again_and_others_go_on(tmp_path, monkeypatch)
 
 def test_frontier_from_runs_to_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(frontier, "draw", lambda points, curve, path: None)  # matplotlib is not among the tests' requirements
+    # matplotlib is not among the tests' requirements
+    monkeypatch.setattr(frontier, "draw", lambda points, curve, path: None)
     monkeypatch.setattr(frontier, "RUNS", {
-        "best-of-n": {"n 64": ["best_of_n.py", "--reward-fn", runs.GOLD, "--n", 64, "--split", "train[:3]", "--max-new-tokens", 12]},
-        "expert iteration": {"n 2": ["expert_iteration.py", "--reward-fn", runs.GOLD, "--n", 2, "--prompts-per-round", 16, "--max-steps", 2,
-                                     "--rounds", 2, "--eval-prompts", 12, "--max-new-tokens", 12]}})
+        "best-of-n": {"n 64": ["best_of_n.py", "--reward-fn", runs.GOLD, "--n", 64, "--split", "train[:3]",
+                               "--max-new-tokens", 12]},
+        "expert iteration": {"n 2": ["expert_iteration.py", "--reward-fn", runs.GOLD, "--n", 2,
+                                     "--prompts-per-round", 16, "--max-steps", 2, "--rounds", 2, "--eval-prompts", 12,
+                                     "--max-new-tokens", 12]}})
     args = frontier.Args(seeds=[0], methods=list(frontier.RUNS), output_dir=str(tmp_path / "runs"))
     frontier.main(args)
     points = json.loads((tmp_path / "results" / "frontier.json").read_text())["points"]
-    assert [point["setting"] for point in points] == [f"n {2**k}" for k in range(1, 7)] + ["n 2, round 1", "n 2, round 2"]
-    assert all(set(point) >= {"method", "kl", "kl_se", "reward", "reward_se", "share_of_optimum", "share_se", "seed", "above"} for point in points)
+    assert ([point["setting"] for point in points]
+            == [f"n {2**k}" for k in range(1, 7)] + ["n 2, round 1", "n 2, round 2"])
+    assert all(set(point) >= {"method", "kl", "kl_se", "reward", "reward_se", "share_of_optimum", "share_se", "seed",
+                              "above"} for point in points)
     assert "expert iteration" in capsys.readouterr().out
     before = (tmp_path / "runs" / "best-of-n_n_64_0" / "results.json").stat().st_mtime
     frontier.main(args)
@@ -135,9 +144,10 @@ def test_controlled_comparison_from_runs_to_table(tmp_path, monkeypatch, capsys)
     feedme = controlled_comparison.RUNS["binary FeedME"]
     monkeypatch.setattr(controlled_comparison, "RUNS", {
         "best-of-4": ["best_of_n.py", "--n", 4, "--split", "train[:10]"],
-        "binary FeedME": [*feedme[:feedme.index("--eval-dataset")], "--completion-column", "chosen", "--max-steps", 2, "--split",
-                          "train[:50]"]})
-    controlled_comparison.main(controlled_comparison.Args(seeds=[0], methods=list(controlled_comparison.RUNS), output_dir=str(tmp_path)))
+        "binary FeedME": [*feedme[:feedme.index("--eval-dataset")], "--completion-column", "chosen", "--max-steps", 2,
+                          "--split", "train[:50]"]})
+    controlled_comparison.main(controlled_comparison.Args(
+        seeds=[0], methods=list(controlled_comparison.RUNS), output_dir=str(tmp_path)))
     results = json.loads((tmp_path / "results" / "controlled_comparison.json").read_text())
     rows = {row["method"]: row for row in results["methods"]}
     assert set(rows) == {"base", "SFT", "best-of-4", "binary FeedME"} and rows["SFT"]["win_rate"] == 0.5

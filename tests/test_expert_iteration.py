@@ -30,8 +30,8 @@ def test_the_loss_is_sft_s():
 
 
 def test_a_round_lands_on_the_law_of_best_of_n(tmp_path):
-    """20,000 prompts of 3 answers: what is kept follows best_of_n.py's equation (1), given that answers differ; supervised
-    learning of it makes it the policy's own law."""
+    """20,000 prompts of 3 answers: what is kept follows best_of_n.py's equation (1), given that answers differ;
+    supervised learning of it makes it the policy's own law."""
     answers = saved_language(tmp_path, 1)
     model, tokenizer = load_model(str(tmp_path)), load_tokenizer(str(tmp_path))
     logps = sequence_logprobs(model, [make_row([0, 2], answer) for answer in answers]).double()
@@ -46,7 +46,8 @@ def test_a_round_lands_on_the_law_of_best_of_n(tmp_path):
     same = torch.stack([probabilities[rewards == level].sum() for level in range(5)]) ** 3  # all three score alike
     conditional = exact.clone()
     for level in range(5):
-        conditional[rewards == level] -= same[level] * probabilities[rewards == level] / probabilities[rewards == level].sum()
+        conditional[rewards == level] -= (same[level] * probabilities[rewards == level]
+                                          / probabilities[rewards == level].sum())
     conditional /= conditional.sum()
     count = torch.bincount(kept[better], minlength=31).double()
     input_ids, mask = pad_rows([make_row([0, 2], answer) for answer in answers])
@@ -63,11 +64,11 @@ def test_a_round_lands_on_the_law_of_best_of_n(tmp_path):
     assert 0.5 * (learnt - conditional).abs().sum() < 0.02
 
 
-# ------------------------------------------------------------------------------------------------------------- as it is run
+# --------------------------------------------------------------------------------------------------------- as it is run
 
 REWARD = f"{ROOT / 'assets' / 'rewards.py'}:sentiment"
-QUICK = ["--rounds", "2", "--n", "3", "--prompts-per-round", "16", "--batch-size", "4", "--max-steps", "3", "--save-every", "2",
-         "--eval-prompts", "20", "--max-new-tokens", "12"]
+QUICK = ["--rounds", "2", "--n", "3", "--prompts-per-round", "16", "--batch-size", "4", "--max-steps", "3",
+         "--save-every", "2", "--eval-prompts", "20", "--max-new-tokens", "12"]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def finished(tmp_path_factory):
 
 
 def without_speeds(directory):
-    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")} for row in metrics_of(directory)]
+    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")}
+            for row in metrics_of(directory)]
 
 
 def test_run_directory(finished):
@@ -91,8 +93,8 @@ def test_run_directory(finished):
     assert len(rounds) == 2 and all(row["kept_reward"] > row["round_reward"] and row["kept"] > 0.8 for row in rounds)
     assert [row["round"] for row in rows if "round" in row] == [0, 1, 2]
     results = json.loads((directory / "results.json").read_text())
-    assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate", "win_rate_se", "ended",
-                            "seconds", "proxy_reward", "proxy_reward_ref"}
+    assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate",
+                            "win_rate_se", "ended", "seconds", "proxy_reward", "proxy_reward_ref"}
     assert all(isinstance(value, (int, float)) for value in results.values())
     samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {0, 3, 6} and len(samples) == 60
@@ -126,8 +128,8 @@ MISTAKES = {
     "another column": (["--prompt-column", "question"], "", "question"),
     "a missing reward model": (["--reward-model", "nobody/judge"], "", "nobody/judge"),
     "a policy for a judge": (["--reward-model", ROOT / "assets" / "tiny-sft"], "", "labels"),
-    "nothing to choose from": (["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl", "--reward-fn", "r.py:same"], {"prompt": "a"},
-                               "score alike"),
+    "nothing to choose from": (["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl", "--reward-fn", "r.py:same"],
+                               {"prompt": "a"}, "score alike"),
     "a reward that is not a number": (["--reward-fn", "r.py:nan"], "", "nan"),
     "no room": (["--max-new-tokens", "250"], "", "--max-new-tokens"),
 }
@@ -139,13 +141,15 @@ def test_mistakes_end_with_status_2_and_one_line(name, tmp_path, monkeypatch, ca
     from common import run_script
     flags, row, what = MISTAKES[name]
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
-    (tmp_path / "r.py").write_text("def same(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n\n"
-                                   "def nan(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n")
+    (tmp_path / "r.py").write_text(
+        "def same(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n\n"
+        "def nan(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n")
     monkeypatch.chdir(tmp_path)
     kept = [x for pair in zip(QUICK[::2], QUICK[1::2]) if pair[0] not in flags for x in pair]
     monkeypatch.setattr(sys, "argv", ["expert_iteration.py", *map(str, [*kept, *flags])])
     with pytest.raises(SystemExit) as stop:
         run_script(expert_iteration.main, expert_iteration.Args)
     errors = capsys.readouterr().err
-    assert stop.value.code == 2 and errors.startswith("expert_iteration.py: error: ") and errors.count("\n") == 1, errors
+    assert (stop.value.code == 2 and errors.startswith("expert_iteration.py: error: ")
+            and errors.count("\n") == 1), errors
     assert what in errors, errors

@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py on a CPU with tiny shapes: every section that needs nothing more runs, and FLOPs are counted right."""
+"""benchmarks/gpu.py on a CPU with tiny shapes: every section that needs nothing more runs, and FLOPs are counted
+right."""
 
 import json
 import sys
@@ -37,7 +38,8 @@ def test_what_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
         raise MemoryError("none left")
 
     monkeypatch.setattr(gpu, "machine", broken)
-    gpu.main(["--smoke", "--device", "cpu", "--sections", "machine", "training", "--output", str(tmp_path / "gpu.json")])
+    gpu.main(["--smoke", "--device", "cpu", "--sections", "machine", "training",
+              "--output", str(tmp_path / "gpu.json")])
     first, *others = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert first["error"] == "MemoryError: none left" and len(others) == 4
     assert all("error" not in row and row["share_of_gemm"] is None for row in others)

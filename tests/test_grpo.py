@@ -24,7 +24,7 @@ LOGPS, OLD, REF = (torch.tensor(EXPECTED[f"{name}_per_token_logps"]) for name in
 ADVANTAGES = torch.tensor(EXPECTED["advantages"])
 
 
-# ------------------------------------------------------------------------------------------------------ other people's numbers
+# ----------------------------------------------------------------------------------------------- other people's numbers
 
 
 def test_golden_advantages():
@@ -37,7 +37,8 @@ def test_golden_advantages():
 def test_golden_k3():
     expected = torch.tensor(EXPECTED["kl_k3_per_token"])
     torch.testing.assert_close(kl_k3(LOGPS, REF), expected, rtol=1e-5, atol=1e-5)
-    assert (kl_k3(LOGPS, REF) * MASK).sum().item() / MASK.sum().item() == pytest.approx(EXPECTED["kl_k3_mean"], abs=1e-5)
+    assert ((kl_k3(LOGPS, REF) * MASK).sum().item() / MASK.sum().item()
+            == pytest.approx(EXPECTED["kl_k3_mean"], abs=1e-5))
 
 
 def golden_kwargs(settings):
@@ -54,9 +55,11 @@ def test_golden_losses(name):
     kwargs = golden_kwargs(settings)
     if settings["importance_sampling_level"] == "token":
         loss = grpo_loss(LOGPS, old, REF, ADVANTAGES, MASK, **kwargs)
-    else:  # TRL's is GSPO's: fed with log-probabilities divided by the length, ours gives it; its KL stays that of tokens
+    else:
+        # TRL's is GSPO's: fed with log-probabilities divided by the length, ours gives it; its KL stays that of tokens
         lengths = MASK.sum(1, keepdim=True)
-        policy = grpo_loss(LOGPS / lengths, old / lengths, REF, ADVANTAGES, MASK, **{**kwargs, "beta": 0.0}, ratio="sequence")
+        policy = grpo_loss(LOGPS / lengths, old / lengths, REF, ADVANTAGES, MASK, **{**kwargs, "beta": 0.0},
+                           ratio="sequence")
         kl = grpo_loss(LOGPS, LOGPS, REF, torch.zeros(12), MASK, **kwargs)
         loss = policy + kl
     assert loss.item() == pytest.approx(EXPECTED["expected"][name]["loss"], abs=1e-5)
@@ -76,7 +79,8 @@ def test_golden_ids_to_loss_to_gradient(name, loss_type):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     expected = EXPECTED["expected"][f"{loss_type}/{name}"]
     old_logps = logps if expected["settings"]["old_is_policy"] else old_logps
-    loss = grpo_loss(logps, old_logps.detach(), ref_logps.detach(), ADVANTAGES, MASK, **golden_kwargs(expected["settings"]))
+    loss = grpo_loss(logps, old_logps.detach(), ref_logps.detach(), ADVANTAGES, MASK,
+                     **golden_kwargs(expected["settings"]))
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-5)
     norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()
@@ -95,10 +99,11 @@ def test_golden_temperature():
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     mask = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], 1)
     expected = torch.tensor(EXPECTED["policy_per_token_logps_temperature0p7"])
-    torch.testing.assert_close(token_logprobs(policy, ids, attention, mask, 0.7)[:, -10:], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(token_logprobs(policy, ids, attention, mask, 0.7)[:, -10:], expected,
+                               rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------- what a line means
+# ---------------------------------------------------------------------------------------------------- what a line means
 
 
 def test_equal_rewards_give_exactly_zero():
@@ -118,10 +123,12 @@ def test_the_course_s_equation_by_hand():
 
 
 def test_at_ratio_1_the_gradient_is_reinforce_with_group_advantages():
-    """A completion's weight: 1 / tokens in DeepSeekMath's mean, the same for all in (1) and with a constant or global total."""
+    """A completion's weight: 1 / tokens in DeepSeekMath's mean, the same for all in (1) and with a constant or global
+    total."""
     advantages, lengths = group_advantages(torch.tensor(EXPECTED["rewards"]), 4), MASK.sum(1)
     for loss_type, ratio, weight in (("grpo", "token", 1 / lengths / 12), ("grpo", "sequence", torch.ones(12) / 12),
-                                     ("dapo", "token", torch.ones(12) / MASK.sum()), ("dr_grpo", "token", torch.ones(12) / 120)):
+                                     ("dapo", "token", torch.ones(12) / MASK.sum()),
+                                     ("dr_grpo", "token", torch.ones(12) / 120)):
         logps, twin = LOGPS.clone().requires_grad_(), LOGPS.clone().requires_grad_()
         grpo_loss(logps, LOGPS, REF, advantages, MASK, 0.0, 0.2, 0.2, loss_type, ratio).backward()
         (-(weight * advantages) @ (twin * MASK).sum(1)).backward()
@@ -155,8 +162,8 @@ def test_1_by_8_and_8_by_1_give_the_same_gradient(loss_type):
     assert len(set(rollout.completion_mask.sum(1).tolist())) > 2  # of different lengths, or nothing is tested
     args = grpo.Args(loss_type=loss_type, beta=0.1, max_new_tokens=12)
     old_logps = rollout.logps + 0.1 * torch.randn_like(rollout.logps) * mask
-    losses, gradients = zip(*(gradient(model, rollout, mask, advantages, list(range(8)), replace(args, micro_batch_size=size),
-                                       old_logps) for size in (8, 1)))
+    losses, gradients = zip(*(gradient(model, rollout, mask, advantages, list(range(8)),
+                                       replace(args, micro_batch_size=size), old_logps) for size in (8, 1)))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert gradients[0].norm() > 0.01 and (gradients[0] - gradients[1]).abs().max() < 1e-6 * max(1, gradients[0].norm())
 
@@ -169,7 +176,8 @@ def test_groups_of_equal_rewards_are_skipped_without_changing_the_gradient(loss_
     args = grpo.Args(loss_type=loss_type, max_new_tokens=12)
     rows = rows_to_learn_from(advantages, mask, 0.0)
     assert rows == [0, 1, 6, 7]
-    (loss, some), (all_loss, all_of_them) = (gradient(model, rollout, mask, advantages, r, args) for r in (rows, list(range(8))))
+    (loss, some), (all_loss, all_of_them) = (gradient(model, rollout, mask, advantages, r, args)
+                                             for r in (rows, list(range(8))))
     assert loss == pytest.approx(all_loss, abs=1e-6) and some.norm() > 0.01
     assert (some - all_of_them).abs().max() < 1e-6 * max(1, some.norm())
     assert rows_to_learn_from(advantages, mask, 0.1) == list(range(8))  # the KL has a gradient everywhere
@@ -204,13 +212,15 @@ def test_the_ratio_of_the_first_update_is_exactly_1():
     assert all(torch.equal(first[n], p.grad) for n, p in model.named_parameters())
 
 
-# ----------------------------------------------------------------------------------- exact: every sequence of a small language
+# ---------------------------------------------------------------------------- exact: every sequence of a small language
 #
-# As in test_dpo.py: two prompts, three tokens, every sequence up to three tokens, and a table of logits for every prefix.
+# As in test_dpo.py: two prompts, three tokens, every sequence up to three tokens, and a table of logits for every
+# prefix.
 
 SEQUENCES = [s for n in (1, 2, 3) for s in itertools.product(range(3), repeat=n)
              if 0 not in s[:-1] and (s[-1] == 0 or n == 3)]
-PREFIXES = {s: i for i, s in enumerate([(), *itertools.product((1, 2), repeat=1), *itertools.product((1, 2), repeat=2)])}
+PREFIXES = {s: i for i, s in enumerate([(), *itertools.product((1, 2), repeat=1),
+                                        *itertools.product((1, 2), repeat=2)])}
 AT = torch.tensor([[PREFIXES[s[:t]] if t < len(s) else 0 for t in range(3)] for s in SEQUENCES])  # [15, 3]
 TOKEN = torch.tensor([[s[t] if t < len(s) else 0 for t in range(3)] for s in SEQUENCES])
 WRITTEN = torch.tensor([[float(t < len(s)) for t in range(3)] for s in SEQUENCES], dtype=torch.float64)
@@ -229,14 +239,16 @@ def small_world(seed=0):
 
 
 def expected_advantages(probabilities, rewards, scale, group_size):
-    """What a completion's advantage is on average over the rest of its group -> [15]; group_size None: of infinite size."""
+    """What a completion's advantage is on average over the rest of its group -> [15]; group_size None: of infinite
+    size."""
     if group_size is None:
         advantages = rewards - probabilities @ rewards
         return advantages / (probabilities @ advantages**2).sqrt() if scale else advantages
     others = torch.tensor(list(itertools.product(range(15), repeat=group_size - 1)))  # [n, G - 1]
     first = torch.arange(15)[:, None, None].expand(15, len(others), 1)
     groups = torch.cat([first, others.expand(15, -1, -1)], 2)  # [15, n, G]
-    advantages = group_advantages(rewards[groups].flatten(), group_size, scale).view(15, len(others), group_size)[..., 0]
+    advantages = group_advantages(rewards[groups].flatten(), group_size, scale).view(
+        15, len(others), group_size)[..., 0]
     return advantages @ probabilities[others].prod(1)
 
 
@@ -248,8 +260,8 @@ def fixed_point(beta, scale, group_size=None, loss_type="grpo", ratio="sequence"
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def one(logps, old_logps, ref_logps, advantage, mask):  # one completion, as a batch of one
-        return grpo_loss(logps[None], old_logps[None], ref_logps[None], advantage[None], mask[None], beta, 0.2, 0.2, loss_type,
-                         ratio, kl_correction, 1)
+        return grpo_loss(logps[None], old_logps[None], ref_logps[None], advantage[None], mask[None], beta, 0.2, 0.2,
+                         loss_type, ratio, kl_correction, 1)
 
     for _ in range(steps):
         logps = token_logps(table)
@@ -302,13 +314,14 @@ def test_k3_as_a_loss_lands_elsewhere():
 
 
 def test_k3_of_tokens_lands_elsewhere_even_when_corrected():
-    """The ratio of a token corrects for that token's distribution, not for the prefixes that the policy comes to write."""
+    """The ratio of a token corrects for that token's distribution, not for the prefixes that the policy comes to
+    write."""
     assert 0.45 < distance(fixed_point(0.5, scale=False, loss_type="dr_grpo", ratio="token"), 0.5) < 0.65
 
 
 def test_std_scaling_lands_elsewhere():
-    """Where rewards have deviation sigma(x) under the policy, beta acts as beta sigma(x): another pi* for each prompt, and
-    the surer the policy, the weaker the KL."""
+    """Where rewards have deviation sigma(x) under the policy, beta acts as beta sigma(x): another pi* for each prompt,
+    and the surer the policy, the weaker the KL."""
     _, ref_logps, rewards = small_world()
     policy = fixed_point(1.0, scale=True)
     sigma = ((policy * rewards**2).sum(1) - (policy * rewards).sum(1) ** 2).sqrt()
@@ -317,10 +330,10 @@ def test_std_scaling_lands_elsewhere():
     assert 0.35 < distance(policy, 1.0) < 0.45
 
 
-# ------------------------------------------------------------------------------------------------------ as its users run it
+# -------------------------------------------------------------------------------------------------- as its users run it
 
-QUICK = ["--max-steps", "6", "--batch-size", "4", "--group-size", "4", "--eval-every", "2", "--save-every", "2", "--eval-prompts",
-         "20", "--eval-samples", "2", "--beta", "0.1", "--updates-per-rollout", "2"]
+QUICK = ["--max-steps", "6", "--batch-size", "4", "--group-size", "4", "--eval-every", "2", "--save-every", "2",
+         "--eval-prompts", "20", "--eval-samples", "2", "--beta", "0.1", "--updates-per-rollout", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +345,8 @@ def finished(tmp_path_factory):
 
 
 def without_speeds(directory):
-    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")} for row in metrics_of(directory)]
+    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")}
+            for row in metrics_of(directory)]
 
 
 def test_run_directory(finished):
@@ -345,9 +359,9 @@ def test_run_directory(finished):
     assert updates[0]["kl"] == pytest.approx(0, abs=1e-6) and all(row["kl"] >= 0 for row in updates)
     assert all(row[f"{part}_tokens_per_s"] > 0 for row in updates for part in ("rollout", "scoring", "update"))
     results = json.loads((finished / "results.json").read_text())
-    assert set(results) >= {"pass_at_1_ref", "pass_at_1", "pass_at_k_ref", "pass_at_k", "greedy_accuracy_ref", "greedy_accuracy",
-                            "reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate", "win_rate_se",
-                            "ended", "seconds"}
+    assert set(results) >= {"pass_at_1_ref", "pass_at_1", "pass_at_k_ref", "pass_at_k", "greedy_accuracy_ref",
+                            "greedy_accuracy", "reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se",
+                            "win_rate", "win_rate_se", "ended", "seconds"}
     assert results["pass_at_k"] >= results["pass_at_1"] and all(isinstance(v, (int, float)) for v in results.values())
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {0, 2, 4, 6} and all("reward" in s for s in samples)
@@ -397,13 +411,15 @@ MISTAKES = {
     "two kinds of reward": (["--reward-fn", "r.py:reward", "--reward-model", "m"], "return [0.0]", "--reward-model"),
     "a function that raises": ([], "return [1 / (p != 'Q: 10+97?') for p in prompts]", "Q: 10+97?"),
     "a function that fails on batches only": ([], "return [0.0] if len(prompts) == 1 else 1 / 0", "ZeroDivisionError"),
-    "a reward that is not a number": ([], "return [float('nan' if p == 'Q: 10+97?' else 1) for p in prompts]", "Q: 10+97?"),
-    "too few rewards": ([], "return [0.0]", "Q: 43+43?"),
-    "a function that takes forever": (["--reward-timeout", "0.2"],
-                                      "[time.sleep(100) for p in prompts if p == 'Q: 10+97?']\n    return [0.0] * len(prompts)",
+    "a reward that is not a number": ([], "return [float('nan' if p == 'Q: 10+97?' else 1) for p in prompts]",
                                       "Q: 10+97?"),
+    "too few rewards": ([], "return [0.0]", "Q: 43+43?"),
+    "a function that takes forever": (
+        ["--reward-timeout", "0.2"],
+        "[time.sleep(100) for p in prompts if p == 'Q: 10+97?']\n    return [0.0] * len(prompts)", "Q: 10+97?"),
     "a function that loops": (["--reward-timeout", "0.2"],
-                              "while 'Q: 10+97?' in prompts:\n        pass\n    return [0.0] * len(prompts)", "--reward-timeout"),
+                              "while 'Q: 10+97?' in prompts:\n        pass\n    return [0.0] * len(prompts)",
+                              "--reward-timeout"),
 }
 
 
@@ -423,7 +439,8 @@ def test_a_reward_function_that_fails_loses_nothing(finished, tmp_path, monkeypa
     """It fails in the fourth rollout, between checkpoints; mended, the run goes on to what it would have been."""
     body = """
     from pathlib import Path
-    if len(prompts) == 16 and Path("broken").exists() and Path("runs/grpo/metrics.jsonl").read_text().count("grad_norm") == 3:
+    if len(prompts) == 16 and Path("broken").exists() and \
+Path("runs/grpo/metrics.jsonl").read_text().count("grad_norm") == 3:
         return 1 / 0
     return [float(text.strip() == right) for text, right in zip(completions, columns["answer"])]
 """
@@ -441,9 +458,11 @@ def test_a_reward_function_that_fails_loses_nothing(finished, tmp_path, monkeypa
 
 def test_several_rewards_are_weighted_and_logged_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.py").write_text(REWARD + "return [1.0] * len(prompts)\n\n\ndef short(prompts, completions, **columns):\n"
-                                   "    return [float(len(text) < 4) for text in completions]\n")
-    flags = ["--reward-fn", "r.py:reward", "r.py:short", "--reward-weights", 0.5, 2, "--max-steps", 2, "--eval-prompts", 4]
+    (tmp_path / "r.py").write_text(
+        REWARD + "return [1.0] * len(prompts)\n\n\ndef short(prompts, completions, **columns):\n"
+        "    return [float(len(text) < 4) for text in completions]\n")
+    flags = ["--reward-fn", "r.py:reward", "r.py:short", "--reward-weights", 0.5, 2, "--max-steps", 2,
+             "--eval-prompts", 4]
     assert call(monkeypatch, capsys, *flags) == (0, "")
     for row in metrics_of(tmp_path / "runs" / "grpo"):
         if "grad_norm" in row:
@@ -465,8 +484,9 @@ def test_questions_and_final_numbers(tmp_path, monkeypatch, capsys):
 def test_final_number():
     sys.path.insert(0, str(ROOT / "assets"))
     from rewards import final_number
-    pairs = [("#### 42", 1), ("so she has 42", 1), ("The answer is 42.", 1), ("$42.00", 1), ("41, no: 42", 1), ("42 or 43", 0),
-             ("\\boxed{42}", 1), ("", 0), ("none", 0), ("-42", 0), ("142", 0), ("#### 42\nQ: 7+7?", 1), ("1,042", 0)]
+    pairs = [("#### 42", 1), ("so she has 42", 1), ("The answer is 42.", 1), ("$42.00", 1), ("41, no: 42", 1),
+             ("42 or 43", 0), ("\\boxed{42}", 1), ("", 0), ("none", 0), ("-42", 0), ("142", 0),
+             ("#### 42\nQ: 7+7?", 1), ("1,042", 0)]
     texts, right = zip(*pairs)
     assert final_number(list(texts), list(texts), ["6 * 7 = 42\n#### 42"] * len(texts)) == [float(r) for r in right]
     assert final_number(["q"] * 3, ["1,234", "1234", "-5"], ["#### 1,234", "1,234.0", "#### -5"]) == [1.0, 1.0, 1.0]

@@ -1,4 +1,5 @@
-"""PPO's functions against TRL's numbers, PPO against the optimum that it aims at, and ppo_rlhf.py as its users run it."""
+"""PPO's functions against TRL's numbers, PPO against the optimum that it aims at, and ppo_rlhf.py as its users run
+it."""
 
 import copy
 import itertools
@@ -34,7 +35,7 @@ def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ other people's numbers
+# ----------------------------------------------------------------------------------------------- other people's numbers
 
 
 def test_golden_classic():
@@ -96,7 +97,7 @@ def test_golden_ids_to_loss_to_gradient():
         torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------- what a line means
+# ---------------------------------------------------------------------------------------------------- what a line means
 
 
 def ragged(seed=0, rows=6, width=9):
@@ -116,7 +117,8 @@ def test_kl_rewards_sum_to_score_minus_beta_log_ratio():
     close(rewards.sum(1), scores - 0.3 * ((logps - ref_logps) * mask).sum(1))
     assert (rewards[mask == 0] == 0).all()
     without = kl_rewards(torch.zeros(6), logps, ref_logps, mask, 0.3)
-    assert ((rewards - without) != 0).nonzero().tolist() == [[0, 8], [1, 6], [2, 7], [3, 0], [4, 8], [5, 5]]  # the last tokens
+    # the last tokens
+    assert ((rewards - without) != 0).nonzero().tolist() == [[0, 8], [1, 6], [2, 7], [3, 0], [4, 8], [5, 5]]
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.95, 0.0)])
@@ -126,7 +128,8 @@ def test_gae_is_the_direct_sum(gamma, lam):
     for i, row in enumerate(mask.tolist()):
         first, end = row.index(1), row.index(1) + sum(row)
         for t in range(first, end):
-            deltas = [rewards[i, s] + (gamma * values[i, s + 1] if s + 1 < end else 0.0) - values[i, s] for s in range(t, end)]
+            deltas = [rewards[i, s] + (gamma * values[i, s + 1] if s + 1 < end else 0.0) - values[i, s]
+                      for s in range(t, end)]
             direct = sum((gamma * lam) ** n * delta for n, delta in enumerate(deltas))
             assert advantages[i, t].item() == pytest.approx(direct.item(), abs=1e-5)
             assert returns[i, t].item() == pytest.approx(direct.item() + values[i, t].item(), abs=1e-5)
@@ -135,7 +138,8 @@ def test_gae_is_the_direct_sum(gamma, lam):
 
 
 def test_what_lies_outside_the_mask_is_never_read():
-    """A completion's numbers are those that it has alone; garbage before its start and after its end changes nothing."""
+    """A completion's numbers are those that it has alone; garbage before its start and after its end changes
+    nothing."""
     rewards, values, mask = ragged()
     advantages, returns = gae(rewards, values, mask, 1.0, 0.95)
     garbage = torch.where(mask.bool(), 0.0, torch.tensor(float("nan")))
@@ -154,7 +158,8 @@ def test_losses_by_hand():
     """One token each: the pessimistic one of the clipped and the unclipped, equation (4) and (5)."""
     one = torch.ones(1, 1)
     for ratio, advantage, objective in ((1.5, 1.0, 1.2), (1.5, -1.0, -1.5), (0.5, 1.0, 0.5), (0.5, -1.0, -0.8)):
-        assert policy_loss(one * math.log(ratio), one * 0, one * advantage, one, 0.2).item() == pytest.approx(-objective)
+        assert (policy_loss(one * math.log(ratio), one * 0, one * advantage, one, 0.2).item()
+                == pytest.approx(-objective))
     assert value_loss(one * 3, one * 1, one * 3, one, 0.2).item() == pytest.approx(0.5 * 1.8**2)  # right, but too fast
     assert value_loss(one * 3, one * 1, one * 3, one, math.inf).item() == 0
     assert value_loss(one * 0, one * 1, one * 3, one, 0.2).item() == pytest.approx(0.5 * 3**2)
@@ -167,7 +172,7 @@ def test_adaptive_beta():
     assert ppo_rlhf.adapted_beta(0.5, 0.0, 6.0) == pytest.approx(0.5 * 0.98)
 
 
-# ----------------------------------------------------------------------------------- traps: every pass sees the same policy
+# ------------------------------------------------------------------------------- traps: every pass sees the same policy
 
 
 def own_logps(model, rows, temperature):
@@ -207,11 +212,12 @@ ARGS = ppo_rlhf.Args(temperature=0.7, mini_batches=3, ppo_epochs=2, micro_batch_
 
 
 def test_every_pass_gives_the_log_probs_and_values_of_the_row_alone(world):
-    """At the temperature of the samples, without dropout, for any padding, on absolute positions (GPT-2) too. Generation
-    pads on the left, so its own log-probabilities are held to the same numbers."""
+    """At the temperature of the samples, without dropout, for any padding, on absolute positions (GPT-2) too.
+    Generation pads on the left, so its own log-probabilities are held to the same numbers."""
     model, reference, critic, rollout = world
     assert len({len(ids) for ids, _ in rollout.rows}) > 5
-    old_logps, ref_logps, old_values = before_the_update(model, reference, critic, rollout, update_plan(rollout, ARGS), ARGS)
+    old_logps, ref_logps, old_values = before_the_update(model, reference, critic, rollout, update_plan(rollout, ARGS),
+                                                         ARGS)
     mask = rollout.completion_mask.bool()
     for ours, theirs in ((rollout.logps, model), (old_logps, model), (ref_logps, reference)):
         torch.testing.assert_close(ours[mask], torch.cat(own_logps(theirs, rollout.rows, 0.7)), rtol=1e-4, atol=1e-4)
@@ -243,7 +249,7 @@ def test_the_ratio_of_the_first_mini_batch_is_exactly_1(world):
 @pytest.mark.parametrize("trap", ["temperature", "dropout", "padding"])
 def test_it_is_not_where_a_pass_forgets_something(trap, world, monkeypatch):
     """The second pass, that of the update, forgets; so the test above would fail."""
-    before, original = before_the_update, ppo_rlhf.token_logprobs
+    original = ppo_rlhf.token_logprobs
 
     def forgetful(model, input_ids, attention_mask, mask, temperature):
         if not torch.is_grad_enabled():
@@ -275,7 +281,8 @@ def test_micro_batches_do_not_change_the_gradient(size, world):
     results = []
     for micro in (16, size):
         args = ppo_rlhf.Args(temperature=0.7, mini_batches=1, ppo_epochs=1, micro_batch_size=micro)
-        stats = add_gradients(model, critic, rollout, old_logps, old[2], advantages, returns, *update_plan(rollout, args)[0], args)
+        stats = add_gradients(model, critic, rollout, old_logps, old[2], advantages, returns,
+                              *update_plan(rollout, args)[0], args)
         gradients = [p.grad.flatten() for n in (model, critic) for p in n.parameters() if p.grad is not None]
         results.append((stats, torch.cat(gradients)))
         model.zero_grad(), critic.zero_grad()
@@ -294,7 +301,8 @@ def test_plans_hold_each_row_once_an_epoch(world):
 
 
 def test_where_pad_is_eos_the_reward_is_read_at_eos(tmp_path):
-    """The stock head looks for pad, and finds the token before EOS; ours, and the place of the reward, go by the index."""
+    """The stock head looks for pad, and finds the token before EOS; ours, and the place of the reward, go by the
+    index."""
     from tiny import byte_level
     tokenizer = byte_level(pad_token="<|endoftext|>")
     config = transformers.GPT2Config(vocab_size=261, n_embd=32, n_layer=2, n_head=4, n_positions=64, num_labels=1,
@@ -318,10 +326,10 @@ def test_where_pad_is_eos_the_reward_is_read_at_eos(tmp_path):
     assert rewards.nonzero().tolist() == [[0, 3], [1, 4]]
 
 
-# ----------------------------------------------------------------------------------- exact: every sequence of a small language
+# ---------------------------------------------------------------------------- exact: every sequence of a small language
 #
-# As in test_dpo.py: two prompts (tokens 3 and 4), three tokens, every sequence up to three of them, and tables, which are
-# complete policies and critics. Sampling is exact; the rest of a step is the script's.
+# As in test_dpo.py: two prompts (tokens 3 and 4), three tokens, every sequence up to three of them, and tables, which
+# are complete policies and critics. Sampling is exact; the rest of a step is the script's.
 
 SEQUENCES = [s for n in (1, 2, 3) for s in itertools.product(range(3), repeat=n)
              if 0 not in s[:-1] and (s[-1] == 0 or n == 3)]
@@ -384,10 +392,12 @@ def trained(seed, beta, steps=60, learning_rate=0.1, **kwargs):
         rollout, chosen = sampled(policy, 256)
         scores, mask, plan = rewards.flatten()[chosen], rollout.completion_mask.bool(), update_plan(rollout, args)
         old_logps, ref_logps, old_values = before_the_update(policy, reference, critic, rollout, plan, args)
-        advantages, returns = gae(kl_rewards(scores, old_logps, ref_logps, mask, beta), old_values, mask, args.gamma, args.lam)
+        advantages, returns = gae(kl_rewards(scores, old_logps, ref_logps, mask, beta), old_values, mask,
+                                  args.gamma, args.lam)
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, learning_rate)
         stats = update(policy, critic, optimizer, rollout, old_logps, old_values,
-                       whiten(advantages, mask) if args.whiten else advantages, returns, plan, args, lambda *numbers: None)
+                       whiten(advantages, mask) if args.whiten else advantages, returns, plan, args,
+                       lambda *numbers: None)
         assert stats[0]["ratio"] == pytest.approx(1, abs=1e-6) and stats[0]["clip_fraction"] == 0
     return reference, rewards, policy
 
@@ -408,10 +418,11 @@ def test_with_a_large_beta_it_stays():
     assert distance(all_logps(policy), all_logps(reference)) < 0.01
 
 
-# ------------------------------------------------------------------------------------------------------ as its users run it
+# -------------------------------------------------------------------------------------------------- as its users run it
 
-QUICK = ["--max-steps", "6", "--batch-size", "8", "--mini-batches", "2", "--micro-batch-size", "3", "--critic-warmup", "1",
-         "--max-new-tokens", "12", "--target-kl", "0.5", "--eval-every", "2", "--save-every", "2", "--eval-prompts", "10"]
+QUICK = ["--max-steps", "6", "--batch-size", "8", "--mini-batches", "2", "--micro-batch-size", "3",
+         "--critic-warmup", "1", "--max-new-tokens", "12", "--target-kl", "0.5", "--eval-every", "2",
+         "--save-every", "2", "--eval-prompts", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +435,8 @@ def finished(tmp_path_factory):
 
 
 def without_speeds(directory):
-    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")} for row in metrics_of(directory)]
+    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")}
+            for row in metrics_of(directory)]
 
 
 def test_run_directory(finished):
@@ -434,16 +446,19 @@ def test_run_directory(finished):
     steps = [row for row in rows if "value_loss" in row]
     assert all(row["ratio_first"] == pytest.approx(1, abs=1e-6) and row["clip_fraction_first"] == 0 for row in steps)
     assert all(row["sampling_gap"] < 1e-4 for row in steps) and steps[2]["ratio"] != 1.0
-    assert abs(steps[0]["kl"]) < 1e-5 and abs(steps[1]["kl"]) < 1e-5 and abs(steps[2]["kl"]) > 1e-5  # the critic comes first
+    # the critic comes first
+    assert abs(steps[0]["kl"]) < 1e-5 and abs(steps[1]["kl"]) < 1e-5 and abs(steps[2]["kl"]) > 1e-5
     assert steps[0]["beta"] == 0.5 and steps[1]["beta"] == pytest.approx(0.49)  # the KL is 0, and should be 0.5
     assert all(row[f"{part}_tokens_per_s"] > 0 for row in steps for part in ("rollout", "scoring", "update"))
     for row in steps:
         assert row["kl_per_token"] == pytest.approx(row["kl"] / row["length"], abs=1e-5)
-        assert row["objective"] == pytest.approx(row["proxy_reward"] - (1 - row["ended"]) - row["beta"] * row["kl"], abs=1e-4)
-        assert {"reward", "entropy", "clip_fraction", "update_kl", "explained_variance", "value_clip_fraction"} <= set(row)
+        assert row["objective"] == pytest.approx(
+            row["proxy_reward"] - (1 - row["ended"]) - row["beta"] * row["kl"], abs=1e-4)
+        assert {"reward", "entropy", "clip_fraction", "update_kl", "explained_variance",
+                "value_clip_fraction"} <= set(row)
     results = json.loads((finished / "results.json").read_text())
-    assert set(results) >= {"proxy_reward", "proxy_reward_ref", "reward_ref", "reward_ref_sd", "reward", "reward_se", "kl",
-                            "kl_se", "win_rate", "win_rate_se", "ended", "seconds"}
+    assert set(results) >= {"proxy_reward", "proxy_reward_ref", "reward_ref", "reward_ref_sd", "reward", "reward_se",
+                            "kl", "kl_se", "win_rate", "win_rate_se", "ended", "seconds"}
     assert all(isinstance(value, (int, float)) for value in results.values())
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {0, 2, 4, 6} and all("reward" in s for s in samples)
@@ -498,10 +513,12 @@ MISTAKES = {
     "no room for completions": (["--max-new-tokens", "255"], None, "--max-new-tokens"),
     "a reward model that is nowhere": (["--reward-model", "nobody/judge"], None, "nobody/judge"),
     "a critic of another tokenizer": (["--critic-model", ROOT / "tests" / "golden" / "rm"], None, "--critic-model"),
-    "a function that raises": ([], "return [1 / (p != 'Review of The Secret Song, a romance:') for p in prompts]", "Secret Song"),
+    "a function that raises": ([], "return [1 / (p != 'Review of The Secret Song, a romance:') for p in prompts]",
+                               "Secret Song"),
     "a reward that is not a number": ([], "return [float('nan')] * len(prompts)", "nan"),
     "too few rewards": ([], "return [0.0]", "1 rewards for"),
-    "a learning rate that breaks it": (["--learning-rate", "1e30", "--max-steps", "3", "--critic-warmup", "0"], None, "update"),
+    "a learning rate that breaks it": (["--learning-rate", "1e30", "--max-steps", "3", "--critic-warmup", "0"], None,
+                                       "update"),
 }
 
 
@@ -513,7 +530,8 @@ def test_mistakes_end_with_status_2_and_one_line(name, tmp_path, monkeypatch, ca
         (tmp_path / "r.py").write_text(REWARD + body)
         flags = [*flags, "--reward-fn", "r.py:reward"]
     status, errors = call(monkeypatch, capsys, *TINY, *flags)
-    assert status == 2 and errors.startswith("ppo_rlhf.py: error: ") and errors.count("\n") == 1 and what in errors, errors
+    assert (status == 2 and errors.startswith("ppo_rlhf.py: error: ") and errors.count("\n") == 1
+            and what in errors), errors
     assert len(errors) < 500
 
 
@@ -523,9 +541,11 @@ def test_a_reward_function_alone_and_chats(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.py").write_text(REWARD + "return [float(len(c[0]['content'])) for c in completions]\n")
     rows = [{"prompt": [{"role": "user", "content": f"Film {i}?"}]} for i in range(20)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
-                                         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
-    flags = ["--dataset", "d.jsonl", "--reward-fn", "r.py:reward", "--chat-template", "chat.jinja", "--clip-value", "inf"]
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    flags = ["--dataset", "d.jsonl", "--reward-fn", "r.py:reward", "--chat-template", "chat.jinja",
+             "--clip-value", "inf"]
     assert call(monkeypatch, capsys, *TINY, *flags) == (0, "")
     first = metrics_of(tmp_path / "runs" / "ppo_rlhf")[1]
     assert first["explained_variance"] == 0 and first["proxy_reward"] == first["reward"]
@@ -543,7 +563,8 @@ def test_a_reward_model_with_another_tokenizer(tmp_path, monkeypatch, capsys):
 
 def test_an_update_that_goes_too_far_is_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--max-steps", 2, "--learning-rate", "1e-2", "--max-update-kl", "0.01", "--critic-warmup", 0, "--ppo-epochs", 4]
+    flags = ["--max-steps", 2, "--learning-rate", "1e-2", "--max-update-kl", "0.01", "--critic-warmup", 0,
+             "--ppo-epochs", 4]
     assert call(monkeypatch, capsys, *TINY, *flags) == (0, "")
     steps = [row for row in metrics_of(tmp_path / "runs" / "ppo_rlhf") if "value_loss" in row]
     assert steps[0]["updates"] == 2 and steps[0]["update_kl"] > 0.01  # the first move, seen in the second mini-batch

@@ -80,7 +80,8 @@ def test_two_processes_are_one(script, places):
     assert names[0] == names[1] and "results.json" in names[0]
     if script in ("best_of_n", "evaluate"):
         return
-    assert (one / "model.safetensors").stat().st_size == (two / "model.safetensors").stat().st_size  # tied: written once
+    # tied: written once
+    assert (one / "model.safetensors").stat().st_size == (two / "model.safetensors").stat().st_size
     saved = [transformers.AutoModel.from_pretrained(place).state_dict() for place in (one, two)]
     for name, value in saved[0].items():  # bfloat16: the next one, where a difference of 1e-5 crosses the middle
         torch.testing.assert_close(value.float(), saved[1][name].float(), rtol=2**-7, atol=1e-5)

@@ -1,5 +1,5 @@
-"""Reward conditioning: labels by hand, the loss against its sums, and the law that it must reach where all completions are
-listed; run directory, resume, mistakes."""
+"""Reward conditioning: labels by hand, the loss against its sums, and the law that it must reach where all completions
+are listed; run directory, resume, mistakes."""
 
 import json
 import sys
@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import encode_prompt, generate, load_model, load_tokenizer, make_row, pad_rows, sequence_logprobs, token_logprobs
+from common import (encode_prompt, generate, load_model, load_tokenizer, make_row, pad_rows, sequence_logprobs,
+                    token_logprobs)
 from conftest import ROOT
 from reward_conditioning import Args, conditioning_loss, labelled_pool, quantile_labels, vocabulary_logprobs
 from test_runs import metrics_of, run, start
@@ -57,8 +58,8 @@ def test_rows_with_and_without_a_label_line_up(name):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_the_policy_given_a_label_becomes_the_law_of_its_quantile(tmp_path):
-    """20,000 samples of a listed language, cut into three parts by reward. With beta 0 the fixed point is the part's own
-    law, for the best label among them; with a large beta it is the reference."""
+    """20,000 samples of a listed language, cut into three parts by reward. With beta 0 the fixed point is the part's
+    own law, for the best label among them; with a large beta it is the reference."""
     answers = saved_language(tmp_path, 1)
     tokenizer, reference = load_tokenizer(str(tmp_path)), load_model(str(tmp_path))
     rollout = generate(reference, tokenizer, ["a"] * 20_000, 1, 2, rows_at_once=8192)
@@ -107,36 +108,39 @@ class _Renamed:
         return self.tokenizer(" ".join(self.words.get(int(w), w) if w.isdigit() else w for w in text.split()))
 
 
-# ------------------------------------------------------------------------------------------------------------- as it is run
+# --------------------------------------------------------------------------------------------------------- as it is run
 
 REWARD = f"{ROOT / 'assets' / 'rewards.py'}:sentiment"
-QUICK = ["--rounds", "2", "--samples", "2", "--prompts-per-round", "12", "--batch-size", "4", "--max-steps", "3", "--save-every", "2",
-         "--eval-prompts", "20", "--max-new-tokens", "12", "--eval-every", "2"]
+QUICK = ["--rounds", "2", "--samples", "2", "--prompts-per-round", "12", "--batch-size", "4", "--max-steps", "3",
+         "--save-every", "2", "--eval-prompts", "20", "--max-new-tokens", "12", "--eval-every", "2"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("reward_conditioning")
     for method in ("quark", "binary"):
-        status, output, errors = run("reward_conditioning", *QUICK, "--method", method, "--output-dir", directory / method)
+        status, output, errors = run("reward_conditioning", *QUICK, "--method", method,
+                                     "--output-dir", directory / method)
         assert status == 0 and errors == "", errors
         assert "win rate" in output
     return directory
 
 
 def without_speeds(directory):
-    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")} for row in metrics_of(directory)]
+    return [{name: value for name, value in row.items() if not name.endswith("tokens_per_s")}
+            for row in metrics_of(directory)]
 
 
-@pytest.mark.parametrize("method, steps", [("quark", [0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 6]), ("binary", [0, 1, 2, 2, 3, 3])])
+@pytest.mark.parametrize("method, steps", [("quark", [0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 6]),
+                                           ("binary", [0, 1, 2, 2, 3, 3])])
 def test_run_directory(method, steps, finished):
     rows = metrics_of(finished / method)
     assert [row["step"] for row in rows] == steps and abs(rows[0]["kl"]) < 1e-6 and rows[0]["win_rate"] == 0.5
     assert [row["pool"] for row in rows if "pool" in row] == ([24, 48] if method == "quark" else [])
     assert all(row["kl_per_token"] >= 0 for row in rows if "kl_per_token" in row)
     results = json.loads((finished / method / "results.json").read_text())
-    assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate", "win_rate_se", "ended",
-                            "seconds", "proxy_reward", "proxy_reward_ref"}
+    assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate",
+                            "win_rate_se", "ended", "seconds", "proxy_reward", "proxy_reward_ref"}
     assert all(isinstance(value, (int, float)) for value in results.values())
     samples = [json.loads(line) for line in (finished / method / "samples.jsonl").read_text().splitlines()]
     assert all(s["prompt"].startswith("Review of") for s in samples)  # without the label
@@ -190,7 +194,8 @@ MISTAKES = {
     "another method": (["--method", "ternary"], "", "ternary"),
     "no reward": (["--dataset", "d.jsonl"], {"prompt": "a"}, "--reward-model"),
     "no prompt": (["--dataset", "d.jsonl", "--eval-dataset", "d.jsonl", "--reward-fn", REWARD], {"text": "a"}, "row 1"),
-    "prompts for comparisons": (["--method", "binary", "--dataset", "d.jsonl", "--eval-dataset", "d.jsonl"], {"prompt": "a"}, "chosen"),
+    "prompts for comparisons": (["--method", "binary", "--dataset", "d.jsonl", "--eval-dataset", "d.jsonl"],
+                                {"prompt": "a"}, "chosen"),
     "a missing reward model": (["--reward-model", "nobody/judge"], "", "nobody/judge"),
     "a reward that is not a number": (["--reward-fn", "r.py:nan"], "", "nan"),
     "no room": (["--max-new-tokens", "250"], "", "--max-new-tokens"),
@@ -203,12 +208,14 @@ def test_mistakes_end_with_status_2_and_one_line(name, tmp_path, monkeypatch, ca
     from common import run_script
     flags, row, what = MISTAKES[name]
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
-    (tmp_path / "r.py").write_text("def nan(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n")
+    (tmp_path / "r.py").write_text(
+        "def nan(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n")
     monkeypatch.chdir(tmp_path)
     kept = [x for pair in zip(QUICK[::2], QUICK[1::2]) if pair[0] not in flags for x in pair]
     monkeypatch.setattr(sys, "argv", ["reward_conditioning.py", *map(str, [*kept, *flags])])
     with pytest.raises(SystemExit) as stop:
         run_script(reward_conditioning.main, reward_conditioning.Args)
     errors = capsys.readouterr().err
-    assert stop.value.code == 2 and errors.startswith("reward_conditioning.py: error: ") and errors.count("\n") == 1, errors
+    assert (stop.value.code == 2 and errors.startswith("reward_conditioning.py: error: ")
+            and errors.count("\n") == 1), errors
     assert what in errors, errors

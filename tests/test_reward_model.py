@@ -24,13 +24,14 @@ EXPECTED = json.loads((GOLDEN / "reward.json").read_text())
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 
 
-# ------------------------------------------------------------------------------------------------------ other people's numbers
+# ----------------------------------------------------------------------------------------------- other people's numbers
 
 
 def test_golden_text_to_rewards_to_gradient():
     model = load_model(str(GOLDEN / "rm"), kind=CLASSIFIER)
     tokenizer = load_tokenizer(str(GOLDEN / "rm"))
-    pairs = [[encode_row(tokenizer, row["prompt"], row[name], [2]) for name in ("chosen", "rejected")] for row in EXPECTED["text"]]
+    pairs = [[encode_row(tokenizer, row["prompt"], row[name], [2]) for name in ("chosen", "rejected")]
+             for row in EXPECTED["text"]]
     rows = [row for column in zip(*pairs) for row in column]
     assert [ids for ids, _ in rows] == [[i for i, m in zip(ids, mask) if m] for ids, mask in
                                         zip(EXPECTED["inputs"]["input_ids"], EXPECTED["inputs"]["attention_mask"])]
@@ -52,11 +53,12 @@ def test_golden_text_to_rewards_to_gradient():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6 * largest.item())
 
 
-# ------------------------------------------------------------------------------------------------------------- exact: the losses
+# ---------------------------------------------------------------------------------------------------- exact: the losses
 
 
 def minimise(loss, *parameters):
-    optimizer = torch.optim.LBFGS(parameters, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(parameters, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -119,21 +121,24 @@ def test_plackett_luce_sums_to_1_over_all_orders():
 @pytest.mark.parametrize("loss", [ranking_loss, plackett_luce_loss])
 def test_both_recover_the_rewards_from_rankings(loss):
     """All orders of 3 answers with their Plackett-Luce probabilities. Of pairs of one ranking each is Bradley-Terry."""
-    true, free = torch.tensor([-1.0, 0.2, 1.5], dtype=torch.float64), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    true, free = (torch.tensor([-1.0, 0.2, 1.5], dtype=torch.float64),
+                  torch.zeros(3, dtype=torch.float64, requires_grad=True))
     orders = [list(order) for order in itertools.permutations(range(3))]
     weights = [torch.exp(-plackett_luce_loss(true[order], [3])) for order in orders]
     minimise(lambda: sum(w * loss(free[order], [3]) for w, order in zip(weights, orders)), free)
     torch.testing.assert_close(free.detach() - free.detach().mean(), true - true.mean(), rtol=0, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------- scores and batches
+# --------------------------------------------------------------------------------------------------- scores and batches
 
-ROWS = [([1, 5, 7, 9, 2], [0, 0, 1, 1, 1]), ([1, 8, 2], [0, 0, 1]), ([1, 5, 5, 2, 11, 12, 13, 2], [0, 0, 0, 0, 1, 1, 1, 1])]
+ROWS = [([1, 5, 7, 9, 2], [0, 0, 1, 1, 1]), ([1, 8, 2], [0, 0, 1]),
+        ([1, 5, 5, 2, 11, 12, 13, 2], [0, 0, 0, 0, 1, 1, 1, 1])]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox"])
 def test_scores_do_not_depend_on_padding_or_batches(name):
-    """Alone, in a batch, with more padding, and filled with EOS: the same; and the stock head's, padded on either side."""
+    """Alone, in a batch, with more padding, and filled with EOS: the same; and the stock head's, padded on either
+    side."""
     torch.manual_seed(0)
     model = CLASSIFIER.from_config(copy.deepcopy(ARCHITECTURES[name])).eval()
     tokenizer = type("", (), dict(eos_token_id=2, pad_token_id=3))()
@@ -151,7 +156,8 @@ def test_scores_do_not_depend_on_padding_or_batches(name):
             where = slice(0, len(ids)) if side == "right" else slice(12 - len(ids), 12)
             both[0, i, where], both[1, i, where] = torch.tensor(ids), 1
         positions = (both[1].cumsum(1) - 1).clamp(min=0)
-        stock = model(input_ids=both[0], attention_mask=both[1], position_ids=positions, use_cache=False).logits.squeeze(1)
+        stock = model(input_ids=both[0], attention_mask=both[1], position_ids=positions,
+                      use_cache=False).logits.squeeze(1)
         torch.testing.assert_close(stock, alone, rtol=0, atol=1e-5)
 
 
@@ -160,7 +166,8 @@ def test_without_a_pad_of_its_own_a_model_gets_one(pad, tmp_path):
     """GPT-2 has no pad; many set it to EOS, and the stock head then reads the token before EOS. Saved and read by plain
     transformers, the scores are the same, in a batch that its own tokenizer pads on the right."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=261, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=256, eos_token_id=256)
+    config = transformers.GPT2Config(vocab_size=261, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=256,
+                                     eos_token_id=256)
     tokenizer, model = byte_level(**({"pad_token": pad} if pad else {})), CLASSIFIER.from_config(config).eval()
     model.saved_dtype = torch.float32
     add_head(model, tokenizer)
@@ -169,9 +176,11 @@ def test_without_a_pad_of_its_own_a_model_gets_one(pad, tmp_path):
     ours = scores(model, [encode_row(tokenizer, *text, [tokenizer.eos_token_id]) for text in texts])
     save_model(model, tokenizer, tmp_path)
     stock, tokenizer = CLASSIFIER.from_pretrained(tmp_path).eval(), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    batch = tokenizer([a + b + tokenizer.eos_token for a, b in texts], padding=True, padding_side="right", return_tensors="pt")
+    batch = tokenizer([a + b + tokenizer.eos_token for a, b in texts], padding=True, padding_side="right",
+                      return_tensors="pt")
     torch.testing.assert_close(stock(**batch).logits.squeeze(1), ours, rtol=0, atol=1e-5)
-    from_common = reward_from_model(str(tmp_path), Args(device="cpu"))([a for a, _ in texts], [b for _, b in texts], [{}] * 3)
+    from_common = reward_from_model(str(tmp_path), Args(device="cpu"))(
+        [a for a, _ in texts], [b for _, b in texts], [{}] * 3)
     torch.testing.assert_close(from_common, ours.detach(), rtol=0, atol=1e-5)
 
 
@@ -191,7 +200,7 @@ def test_centring_after_a_layer_norm_is_an_exact_shift():
         torch.testing.assert_close(a, b - before[0].mean(), rtol=0, atol=2e-3 * abs(before[0].mean()))
 
 
-# --------------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def test_measures():
@@ -211,9 +220,11 @@ def test_the_true_reward_is_calibrated_and_reaches_the_ceiling():
     wins = torch.rand(20_000) < torch.sigmoid(gold[::2] - gold[1::2])
     pairs = torch.where(wins[:, None], gold.view(-1, 2), gold.view(-1, 2).flip(1)).flatten()
     metrics = evaluation_metrics(pairs, pairs, [2] * 20_000)
-    assert metrics["accuracy"] == metrics["bayes_accuracy"] == pytest.approx(metrics["bayes_accuracy_expected"], abs=0.01)
+    assert (metrics["accuracy"] == metrics["bayes_accuracy"]
+            == pytest.approx(metrics["bayes_accuracy_expected"], abs=0.01))
     assert metrics["accuracy_expected"] == metrics["bayes_accuracy_expected"]
-    assert metrics["ece"] < 0.01 and metrics["log_loss"] == metrics["bayes_log_loss"] and metrics["rank_correlation"] > 0.9999
+    assert (metrics["ece"] < 0.01 and metrics["log_loss"] == metrics["bayes_log_loss"]
+            and metrics["rank_correlation"] > 0.9999)
     assert evaluation_metrics(2 * pairs, pairs, [2] * 20_000)["ece"] > 0.05  # twice as sure as it should be
 
 
@@ -236,12 +247,14 @@ def test_tiny_rm_is_what_it_promises():
     texts = [p + c + tokenizer.eos_token for p, c in answers[:32]]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     ids, _ = pad_rows([encode_row(tokenizer, p, c, [tokenizer.eos_token_id]) for p, c in answers[:32]])
-    assert torch.equal(ids * (ids != 2), batch.input_ids * batch.attention_mask)  # the text as a whole gives the same ids
-    torch.testing.assert_close(model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits.squeeze(1).detach(),
-                               rewards[:32], rtol=0, atol=1e-5)
+    # the text as a whole gives the same ids
+    assert torch.equal(ids * (ids != 2), batch.input_ids * batch.attention_mask)
+    torch.testing.assert_close(
+        model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits.squeeze(1).detach(),
+        rewards[:32], rtol=0, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- as it is run
+# --------------------------------------------------------------------------------------------------------- as it is run
 
 QUICK = ["--max-steps", "6", "--batch-size", "8", "--eval-every", "2", "--save-every", "2",
          "--reward-fn", ROOT / "assets" / "rewards.py:sentiment"]
@@ -254,7 +267,8 @@ def finished(tmp_path_factory):
         lines = (ROOT / "assets" / "data" / f"{name}.jsonl").read_text().splitlines()
         (directory / f"{name}.jsonl").write_text("\n".join(lines[:64]))
         (directory / f"{name}_heldout.jsonl").write_text("\n".join(lines[64:96]))
-    flags = [*QUICK, "--dataset", directory / "comparisons.jsonl", "--eval-dataset", directory / "comparisons_heldout.jsonl"]
+    flags = [*QUICK, "--dataset", directory / "comparisons.jsonl",
+             "--eval-dataset", directory / "comparisons_heldout.jsonl"]
     status, output, errors = run("reward_model", *flags, "--output-dir", directory / "run")
     assert status == 0 and errors == "", errors
     return directory, flags, output
@@ -265,10 +279,11 @@ def test_run_directory(finished):
     rows = metrics_of(directory / "run")
     assert "loss" in rows[0] and [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     samples = [json.loads(line) for line in (directory / "run" / "samples.jsonl").read_text().splitlines()]
-    assert {s["step"] for s in samples} == {0, 2, 4, 6} and all({"prompt", "completion", "reward"} <= set(s) for s in samples)
+    assert ({s["step"] for s in samples} == {0, 2, 4, 6}
+            and all({"prompt", "completion", "reward"} <= set(s) for s in samples))
     results = json.loads((directory / "run" / "results.json").read_text())
-    assert set(results) >= {"accuracy", "accuracy_low", "accuracy_high", "log_loss", "ece", "bayes_accuracy", "rank_correlation",
-                            "seconds"}
+    assert set(results) >= {"accuracy", "accuracy_low", "accuracy_high", "log_loss", "ece", "bayes_accuracy",
+                            "rank_correlation", "seconds"}
     assert all(isinstance(value, (int, float)) for value in results.values())
     assert abs(results["reference_mean"]) < 0.02  # rounded to bfloat16, as tiny-sft came
     assert "predicted" in output and "margin" in output
@@ -306,7 +321,8 @@ def test_micro_batches_change_nothing(finished, tmp_path):
 @pytest.mark.parametrize("kind", ["pairs", "plackett-luce"])
 def test_rankings(kind, finished, tmp_path):
     directory, _, _ = finished
-    status, output, errors = run("reward_model", *QUICK, "--ranking-loss", kind, "--dataset", directory / "rankings.jsonl",
+    status, output, errors = run("reward_model", *QUICK, "--ranking-loss", kind,
+                                 "--dataset", directory / "rankings.jsonl",
                                  "--eval-dataset", directory / "rankings_heldout.jsonl", "--output-dir", tmp_path)
     assert status == 0 and "192 held-out pairs" in output, errors  # 32 rankings of 4
 
@@ -321,7 +337,8 @@ MISTAKES = {
     "a ranking without a prompt": ([{"responses": [" a", " b"]}], [], "prompt"),
     "no judgements": ([{"prompt": "a", "completion": "b"}], [], "chosen"),
     "margins and rankings": ([{**ROW, "margin": 1.0, "responses": None},
-                              {**RANKING, "responses": [" a", " b", " c"], "chosen": None, "rejected": None}], [], "margin"),
+                              {**RANKING, "responses": [" a", " b", " c"], "chosen": None, "rejected": None}], [],
+                             "margin"),
     "no reward function": ([ROW, ROW], ["--reward-fn", "none.py:f"], "none.py"),
     "an unknown loss": ([ROW, ROW], ["--ranking-loss", "listnet"], "listnet"),
     "a missing model": ([ROW, ROW], ["--model", "nobody/nothing"], "nobody/nothing"),

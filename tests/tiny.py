@@ -81,12 +81,12 @@ def byte_level(**kwargs) -> PreTrainedTokenizerFast:
 
 
 def saved_language(directory, seed: int, prefix: str = "", std: float = 0.3):
-    """A Llama of six words, "." among them for EOS, in Hugging Face form. Its completions of at most two tokens are listed:
-    -> [31 ids], of which each has probability exp(sequence_logprobs)."""
+    """A Llama of six words, "." among them for EOS, in Hugging Face form. Its completions of at most two tokens are
+    listed: -> [31 ids], of which each has probability exp(sequence_logprobs)."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(
-        vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+        vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)
