@@ -367,7 +367,7 @@ def test_run_directory(finished):
     assert {s["step"] for s in samples} == {0, 2, 4, 6} and all("reward" in s for s in samples)
 
 
-@pytest.mark.parametrize("wait_for", [5, 9])
+@pytest.mark.parametrize("wait_for", [5])
 def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
     process = start("grpo", *QUICK, "--output-dir", tmp_path)
     metrics = tmp_path / "metrics.jsonl"

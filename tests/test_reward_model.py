@@ -291,7 +291,7 @@ def test_run_directory(finished):
     assert model.num_labels == 1 and model.dtype == torch.bfloat16 and model.config.pad_token_id == 2
 
 
-@pytest.mark.parametrize("wait_for", [5, 9])  # lines of metrics.jsonl: after one checkpoint, after the last update
+@pytest.mark.parametrize("wait_for", [5])  # lines of metrics.jsonl: after one checkpoint
 def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
     directory, flags, _ = finished
     process = start("reward_model", *flags, "--output-dir", tmp_path)
