@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import sys
-import time
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from best_of_n import (best_of_n_kl, best_of_n_metrics, best_of_n_weights, best_
                        tie_probability)
 from common import generate, sequence_logprobs
 from conftest import ROOT
-from test_runs import metrics_of, run, start
+from test_runs import kill_at, metrics_of, run
 from tiny import Ids
 
 # ----------------------------------------------------------------------------------- exact: every completion of a model
@@ -188,12 +187,7 @@ def test_what_was_kept_feeds_sft_and_dpo(finished, tmp_path):
 
 @pytest.mark.parametrize("wait_for", [1, 3])  # lines of metrics.jsonl: before and after the first checkpoint
 def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
-    process = start("best_of_n", *QUICK, "--output-dir", tmp_path)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= wait_for):
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    kill_at(wait_for, "best_of_n", *QUICK, directory=tmp_path)
     status, output, errors = run("best_of_n", *QUICK, "--output-dir", tmp_path, "--resume")
     assert status == 0, errors
     assert wait_for == 1 or "resuming" in output

@@ -3,7 +3,6 @@ mistakes."""
 
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from bt_bandit import covariance, fit_bt
 from common import encode_prompt, evaluate_policy, load_model, load_tokenizer, make_row, sequence_logprobs, with_prefix
 from conftest import ROOT
 from evaluate import Args, distinct_n, fit_elo, outcomes_by_judge, outcomes_by_reward, sample_policy
-from test_runs import metrics_of, run, start
+from test_runs import kill_at, metrics_of, run
 from tiny import byte_level, saved_language
 
 # ---------------------------------------------------------------------------------------------------- KL by enumeration
@@ -213,12 +212,7 @@ def test_the_battles_are_bt_bandits(finished, tmp_path):
 
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     directory, flags, _ = finished
-    process = start("evaluate", *flags, "--output-dir", tmp_path)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    kill_at(2, "evaluate", *flags, directory=tmp_path)
     status, output, errors = run("evaluate", *flags, "--output-dir", tmp_path, "--resume")
     assert status == 0 and "resuming" in output, errors
     for name in ("metrics.jsonl", "samples.jsonl", "battles.jsonl"):

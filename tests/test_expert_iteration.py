@@ -3,7 +3,6 @@ resume, mistakes."""
 
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from common import generate, load_model, load_tokenizer, make_row, pad_rows, seq
 from conftest import ROOT
 from expert_iteration import keep_best, sft_loss
 from test_best_of_n import law
-from test_runs import metrics_of, run, start
+from test_runs import kill_at, metrics_of, run
 from tiny import saved_language
 
 
@@ -104,12 +103,7 @@ def test_run_directory(finished):
 
 @pytest.mark.parametrize("wait_for", [2, 7])  # lines of metrics.jsonl: before any checkpoint, between two rounds
 def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
-    process = start("expert_iteration", *QUICK, "--output-dir", tmp_path)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= wait_for):
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    kill_at(wait_for, "expert_iteration", *QUICK, directory=tmp_path)
     status, output, errors = run("expert_iteration", *QUICK, "--output-dir", tmp_path, "--resume")
     assert status == 0 and ("resuming" in output) == (wait_for > 2), errors
     assert without_speeds(tmp_path) == without_speeds(finished[0])

@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import signal
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -15,7 +13,7 @@ import grpo
 from common import generate, load_model, load_tokenizer, run_script, token_logprobs
 from conftest import ROOT
 from grpo import add_gradients, group_advantages, grpo_loss, kl_k3, loss_total, rows_to_learn_from
-from test_runs import metrics_of, run, start
+from test_runs import kill_at, metrics_of, run
 
 GOLDEN = ROOT / "tests" / "golden"
 EXPECTED = json.loads((GOLDEN / "grpo.json").read_text())
@@ -367,15 +365,9 @@ def test_run_directory(finished):
     assert {s["step"] for s in samples} == {0, 2, 4, 6} and all("reward" in s for s in samples)
 
 
-@pytest.mark.parametrize("wait_for", [5])
-def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
-    process = start("grpo", *QUICK, "--output-dir", tmp_path)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= wait_for):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
+    for lines in (5, 9):  # of metrics.jsonl: after one checkpoint, and after the last update
+        kill_at(lines, "grpo", *QUICK, directory=tmp_path)
     status, output, errors = run("grpo", *QUICK, "--output-dir", tmp_path, "--resume")
     assert status == 0 and "resuming" in output, errors
     assert without_speeds(tmp_path) == without_speeds(finished)

@@ -5,10 +5,8 @@ import copy
 import itertools
 import json
 import math
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from common import (Rollout, generate, learning_rate_at, load_model, make_row, p
 from conftest import ROOT
 from ppo_rlhf import (add_gradients, before_the_update, gae, kl_rewards, policy_loss, token_values, update, update_plan,
                       value_loss, whiten)
-from test_runs import ENVIRONMENT, metrics_of, run, start
+from test_runs import ENVIRONMENT, kill_at, metrics_of, run
 from tiny import ARCHITECTURES, Ids
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -467,13 +465,7 @@ def test_run_directory(finished):
 
 @pytest.mark.parametrize("wait_for", [5])  # lines of metrics.jsonl
 def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
-    process = start("ppo_rlhf", *QUICK, "--output-dir", tmp_path)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= wait_for):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    kill_at(wait_for, "ppo_rlhf", *QUICK, directory=tmp_path)
     status, output, errors = run("ppo_rlhf", *QUICK, "--output-dir", tmp_path, "--resume")
     assert status == 0 and "resuming" in output, errors
     assert without_speeds(tmp_path) == without_speeds(finished)

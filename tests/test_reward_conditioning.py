@@ -3,7 +3,6 @@ are listed; run directory, resume, mistakes."""
 
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from common import (encode_prompt, generate, load_model, load_tokenizer, make_ro
                     token_logprobs)
 from conftest import ROOT
 from reward_conditioning import Args, conditioning_loss, labelled_pool, quantile_labels, vocabulary_logprobs
-from test_runs import metrics_of, run, start
+from test_runs import kill_at, metrics_of, run
 from tiny import ARCHITECTURES, model_of, saved_language
 
 
@@ -161,14 +160,9 @@ def test_the_saved_model_asks_for_the_best(method, label, finished, tmp_path):
 
 @pytest.mark.parametrize("method, wait_for", [("quark", 7), ("binary", 3)])
 def test_killed_and_resumed_equals_uninterrupted(method, wait_for, finished, tmp_path):
-    flags = [*QUICK, "--method", method, "--output-dir", tmp_path]
-    process = start("reward_conditioning", *flags)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= wait_for):
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    status, _, errors = run("reward_conditioning", *flags, "--resume")
+    flags = [*QUICK, "--method", method]
+    kill_at(wait_for, "reward_conditioning", *flags, directory=tmp_path)
+    status, _, errors = run("reward_conditioning", *flags, "--output-dir", tmp_path, "--resume")
     assert status == 0, errors
     assert without_speeds(tmp_path) == without_speeds(finished / method)
     assert (tmp_path / "samples.jsonl").read_bytes() == (finished / method / "samples.jsonl").read_bytes()

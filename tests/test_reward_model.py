@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import sys
-import time
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from common import ASSETS, encode_row, load_model, load_rows, load_tokenizer, pa
 from conftest import ROOT
 from reward_model import (Args, add_head, all_hidden, calibration, centre, differences_of, evaluation_metrics,
                           pairwise_loss, plackett_luce_loss, rank_correlation, ranking_loss, scores, wilson_interval)
-from test_runs import metrics_of, run, start
+from test_runs import kill_at, metrics_of, run
 from tiny import ARCHITECTURES, byte_level
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -291,15 +290,10 @@ def test_run_directory(finished):
     assert model.num_labels == 1 and model.dtype == torch.bfloat16 and model.config.pad_token_id == 2
 
 
-@pytest.mark.parametrize("wait_for", [5])  # lines of metrics.jsonl: after one checkpoint
-def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
     directory, flags, _ = finished
-    process = start("reward_model", *flags, "--output-dir", tmp_path)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= wait_for):
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    for lines in (5, 9):  # of metrics.jsonl: after one checkpoint, and after the last update
+        kill_at(lines, "reward_model", *flags, directory=tmp_path)
     status, output, errors = run("reward_model", *flags, "--output-dir", tmp_path, "--resume")
     assert status == 0, errors
     assert "resuming" in output

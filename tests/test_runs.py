@@ -35,13 +35,9 @@ def start(script, *flags, cwd=ROOT, **kwargs):
                             stderr=subprocess.PIPE, **kwargs)
 
 
-def run(script, *flags, **kwargs):
-    """-> exit status, stdout, stderr. Without further arguments in this process: to import transformers anew for each
-    run would take most of the suite's time."""
-    if kwargs:
-        process = start(script, *flags, **kwargs)
-        output, errors = process.communicate(timeout=300)
-        return process.returncode, output, errors
+def run(script, *flags):
+    """-> exit status, stdout, stderr. In this process: to import transformers anew for each run would take most of the
+    suite's time."""
     module, output, errors = importlib.import_module(script), io.StringIO(), io.StringIO()
     with (mock.patch.object(sys, "argv", [f"{script}.py", *map(str, flags)]), contextlib.redirect_stdout(output),
           contextlib.redirect_stderr(errors)):
@@ -104,20 +100,25 @@ def test_run_directory(script, finished):
     assert model.dtype == torch.bfloat16  # as tiny-sft came
 
 
-# wait_for: lines of metrics.jsonl, before any checkpoint, after one, after the last update
-@pytest.mark.parametrize("script, wait_for", [("dpo", 1), ("dpo", 5), ("dpo", 9), ("sft", 5)])
-def test_killed_and_resumed_equals_uninterrupted(script, wait_for, finished, tmp_path):
-    directory, flags = finished
-    process = start(script, *flags[script], "--output-dir", tmp_path)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= wait_for):
+def kill_at(lines, script, *flags, directory):
+    """Start a run, or go on with it, and kill it once metrics.jsonl has so many lines."""
+    process, metrics = start(script, *flags, "--output-dir", directory, "--resume"), directory / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= lines):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
+
+
+# kills: at how many lines of metrics.jsonl, before any checkpoint, after one, after the last update
+@pytest.mark.parametrize("script, kills", [("dpo", [1]), ("dpo", [5]), ("dpo", [9]), ("sft", [1, 5, 9])])
+def test_killed_and_resumed_equals_uninterrupted(script, kills, finished, tmp_path):
+    directory, flags = finished
+    for lines in kills:
+        kill_at(lines, script, *flags[script], directory=tmp_path)
     status, output, errors = run(script, *flags[script], "--output-dir", tmp_path, "--resume")
     assert status == 0, errors
-    assert ("resuming" in output) == (wait_for > 3)
+    assert ("resuming" in output) == (kills[-1] > 3)
     assert metrics_of(tmp_path) == metrics_of(directory / script)
     assert (tmp_path / "samples.jsonl").read_bytes() == (directory / script / "samples.jsonl").read_bytes()
     before, after = (load_file(d / "model.safetensors") for d in (directory / script, tmp_path))
@@ -288,8 +289,9 @@ def test_a_full_disk(finished, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
-    status, _, errors = run("sft", *finished[1]["sft"], "--output-dir", tmp_path, preexec_fn=limit)
-    assert status == 2 and errors.count("\n") == 1 and "free the space" in errors, errors
+    process = start("sft", *finished[1]["sft"], "--output-dir", tmp_path, preexec_fn=limit)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2 and errors.count("\n") == 1 and "free the space" in errors, errors
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 3
 
 
