@@ -122,7 +122,7 @@ def parse_args(args_class):
 
 
 def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=False, kind=AutoModelForCausalLM):
-    """A Hub id or directory -> fp32 master weights, dropout off. save_model() writes the dtype that it came in."""
+    """A Hub id or directory -> fp32 master weights, dropout off."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -133,12 +133,11 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}: use cpu, cuda or cuda:N")
     with model_errors(name):
         config = AutoConfig.from_pretrained(name)
-        saved_dtype = config.dtype or torch.float32
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(config, key, 0.0)  # a policy with dropout is not the policy that sampled
         model = kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True).eval()
-    model.saved_dtype, model.own_device = saved_dtype, device
+    model.own_device = device
     if world()[1] == 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -152,18 +151,12 @@ def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=Fa
 
 
 def save_model(model, tokenizer, directory) -> None:
-    """Write Hugging Face files, rounded to the dtype that the model came in. `model` keeps the rounded weights: what is
-    evaluated afterwards is what was saved."""
-    with torch.no_grad():
-        for parameter in in_parts(model).parameters():  # not model.to(): the rotary frequencies, in no file, stay exact
-            parameter.copy_(parameter.to(model.saved_dtype))
-    weights, rounded = whole(model.state_dict()), {}
+    """Write Hugging Face files, in fp32 as the weights were trained: bf16, the dtype that most models come in, cannot
+    hold the small updates of a real model's training."""
+    weights = whole(in_parts(model).state_dict())
     if world()[0] == 0:
-        for name, parameter in model.named_parameters(remove_duplicate=False):  # tied ones stay one tensor
-            weights[name] = rounded.setdefault(id(parameter), weights[name].to(model.saved_dtype))
+        model.config.dtype = torch.float32
         model.save_pretrained(directory, state_dict=weights)
-        model.config.dtype = model.saved_dtype
-        model.config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
 

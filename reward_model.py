@@ -161,10 +161,8 @@ def centre(model, rows, micro_batch_size) -> None:
     A bias b in score = w h + b would do, but the stock head has none. The states h at EOS have much in common, so there
     is a direction u with u h = 1 for nearly every row: the one of least variance, u ~ (cov h)^-1 mean h. The shift goes
     along it, w <- w - (w mean h) u. (After a LayerNorm u h = 1 holds exactly, u ~ 1 / gain: the centred state sums to
-    0; after an RMSNorm nearly.) The base is first rounded to the dtype that it will be saved in.
+    0; after an RMSNorm nearly.)
     """
-    for parameter in in_parts(model).base_model.parameters():  # the rotary frequencies, in no file, stay exact
-        parameter.copy_(parameter.to(model.saved_dtype))
     hidden = all_hidden(model, rows, micro_batch_size).double()
     mean, covariance = hidden.mean(0), hidden.T.cov(correction=0)
     ridge = 1e-4 * covariance.trace() / len(mean)  # rows may be fewer than dimensions

@@ -120,7 +120,7 @@ def make_model(name: str, device, kind=AutoModelForCausalLM):
     torch.manual_seed(0)
     with torch.device(device):
         model = kind.from_config(config, dtype=torch.float32).eval()
-    model.own_device, model.saved_dtype, model.autocast_dtype = model.device, torch.bfloat16, torch.bfloat16
+    model.own_device, model.autocast_dtype = model.device, torch.bfloat16
     can_pack(model)  # as shard() asks
     return model
 
