@@ -1,277 +1,343 @@
-"""What every script needs and none is about: models, log-probabilities, sampling, data, the run directory, errors.
+"""Models, text -> ids, log-probabilities, sampling: what a reader of the scripts must understand.
 
-Nothing here is algorithmic. Conventions, for all of it:
-
-* A row is (ids, mask): prompt tokens, then completion tokens up to and including the stop token; the mask is 1 on the
-  completion's. Rows of a batch are padded on the right to [B, T]: `input_ids`, `completion_mask`. Positions decide what
-  is masked, never token ids: pad may equal EOS or be missing, and what fills the padding is never read.
-* `logps` [B, T] holds at t the log-probability of the token *at* t given those before it (nats), 0 outside the mask.
-* Master weights and reductions are fp32; on a GPU the forward passes run under bf16 autocast. Dropout is always off.
-* Under torchrun every process runs the whole script on the same plan with the same random numbers. micro_batches() and
-  generate() give each its rows, summed() puts the parts together, and all go on with equal numbers.
+* A Row is (ids, mask): prompt tokens, then completion tokens up to and including the stop token.
+  The mask is 1 on the completion. It goes by position, never by id: pad may equal EOS.
+* Batches of rows are padded on the right, input_ids and completion_mask [B, T], and stay on the
+  CPU, where their indices are computed; the model's device gets what it needs in one copy.
+* logps [B, T] holds at t the log-probability of the token *at* t given those before it (nats),
+  0 outside the mask.
+* Weights and reductions are fp32. On a GPU the forward passes run under bf16 autocast.
+* Under torchrun every process runs the whole script with the same random numbers and computes
+  its share of each batch (micro_batches, generate); all_reduce() puts the shares together.
 """
 
 import contextlib
-import ctypes
-import functools
-import gc
-import importlib.util
-import inspect
-import io
 import json
 import math
 import os
-import re
-import signal
-import sys
-import threading
-import time
 import types
-from dataclasses import asdict, dataclass
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import safetensors
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-import tyro
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          DynamicCache)
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-transformers.utils.logging.disable_progress_bar()
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    # glibc gives large tensors back to the kernel, and pays for each page of the next one: let it keep them, up to half
-    # of LOGITS_AT_ONCE. Larger ones leave holes that nothing fits: memory would grow with vocabulary x length.
-    for threshold, size in ((-3, 2**27), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(threshold, size)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+# cuDNN's attention builds a plan for each new shape, up to a second each; packed rows are all new.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
-ASSETS = Path(__file__).resolve().parent / "assets"  # the embedded world; a copied script runs without it
-
-# ------------------------------------------------------------------------------------------------- command line, errors
+AUTOCAST = {}  # kind of device -> dtype of the forward passes, as --dtype says
+FINGERPRINTS = {}  # model or data file -> a number that changes when its content does, for --resume
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line that names the thing, the row and the mend. Exit status 2."""
+    """A user's mistake: one line that names the thing, the row and the fix. Exit status 2."""
 
 
-def run_script(main, args_class) -> None:
-    """Parse the command line into `args_class`, call main(args), and tell a user's mistake in one line on stderr."""
-    try:
-        args = parse_args(args_class)
-        join_processes()
-        main(args)
-        if torch.cuda.is_available():
-            print(f"peak GPU memory of a process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    except UserError as error:
-        message = str(error)
-    except (OSError, safetensors.SafetensorError) as error:  # a full disk, a read-only directory
-        message = f"{error} (writing to --output-dir?): free the space, or choose another directory"
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower --micro-batch-size or --max-length, or pass --gradient-checkpointing"
-    except KeyboardInterrupt:
-        message = "interrupted: the same command with --resume goes on from the last checkpoint"
-    except RuntimeError as error:
-        if world()[1] == 1 or not re.search("gloo|nccl|onnection|imed out", f"{type(error)} {error}"):
-            raise
-        message = LOST
-    if int(os.environ.get("RANK", 0)) > 0:  # process 0 mostly says the same, and torchrun then ends this one
-        time.sleep(3)
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    if dist.is_initialized():  # the others may never answer a farewell
-        sys.stdout.flush()
-        os._exit(2)
-    sys.exit(2)
+# --- models ---
 
 
-def parse_args(args_class):
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            args = tyro.cli(args_class, description=sys.modules[args_class.__module__].__doc__)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        # tyro prints a title, a rule, what is wrong, a rule, and help: framed where the terminal can
-        text = " ".join(line.strip("│ ") for line in box.getvalue().splitlines())
-        blocks = re.split(r"(?:─{2,}|-{10,})\W*", text)
-        raise UserError(f"{blocks[1]} (--help lists the flags)")
-    for name in ("learning_rate", "batch_size", "micro_batch_size", "epochs", "max_steps", "max_length", "eval_prompts",
-                 "max_grad_norm", "max_new_tokens", "temperature", "beta", "eval_every", "save_every", "replicas"):
-        value = getattr(args, name, None)
-        zero_too = name in getattr(args_class, "may_be_zero", ()) and value == 0
-        if value is not None and not 0 < value < math.inf and not zero_too:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a number greater than 0")
-    return args
+def load_model(name, device="auto", dtype="auto", kind=AutoModelForCausalLM, new_head=False):
+    """A Hub id or directory -> the model on its device: fp32 weights, no dropout.
 
-
-# ---------------------------------------------------------------------------------------------------- models, tokenizer
-
-
-def load_model(name: str, device="auto", dtype="auto", gradient_checkpointing=False, kind=AutoModelForCausalLM):
-    """A Hub id or directory -> fp32 master weights, dropout off."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.zeros(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}: use cpu, cuda or cuda:N")
-    with model_errors(name):
+    All weights must be in the files; new_head: all but those of a classification head.
+    """
+    device = pick_device(device)
+    bf16 = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
+    AUTOCAST[device.type] = torch.bfloat16 if bf16 else None
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(f"model {name}: is a LoRA adapter: merge it first (peft: merge_and_unload)")
+    with loading(name):
         config = AutoConfig.from_pretrained(name)
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(config, key, 0.0)  # a policy with dropout is not the policy that sampled
-        model = kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True).eval()
-    model.own_device = device
-    if world()[1] == 1:
+        model, info = kind.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    check_weights(name, model, info, new_head)
+    if world_size() == 1:
+        model.to(device)  # of many processes, none may have room for all of it: shard() moves it
+    return model.eval()
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.zeros(0, device=name).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        model.to(device)  # of many processes, none may have room for all of it: see shard()
-    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
-    model.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # transformers checkpoints in training mode only
-    return model
+        return device
+    except (RuntimeError, AssertionError) as error:
+        cause, found = str(error).splitlines()[0], torch.cuda.device_count()
+        raise UserError(f"--device {name}: {cause} ({found} GPUs found): use cpu, cuda or cuda:N, "
+                        "and at most one process per GPU")
 
 
-def save_model(model, tokenizer, directory) -> None:
-    """Write Hugging Face files, in fp32 as the weights were trained: bf16, the dtype that most models come in, cannot
-    hold the small updates of a real model's training."""
-    weights = whole(in_parts(model).state_dict())
-    if world()[0] == 0:
-        model.config.dtype = torch.float32
-        model.save_pretrained(directory, state_dict=weights)
-        tokenizer.save_pretrained(directory)
+def check_weights(name: str, model, info: dict, new_head: bool) -> None:
+    """The files hold this model's weights, all of them and no others, and numbers in each."""
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if new_head:
+        missing = {key for key in missing if not key.startswith("score.")}
+        unexpected = {key for key in unexpected if not key.startswith("lm_head.")}
+    for prefix in ("_orig_mod.", "module.", "base_model."):  # torch.compile, DDP, peft
+        if any(key.startswith(prefix) for key in unexpected):
+            raise UserError(f"model {name}: the names of its weights begin with {prefix!r}, which a "
+                            "wrapper adds: save the model inside the wrapper")
+    if missing or unexpected:
+        raise UserError(
+            f"model {name}: is no {type(model).__name__}: {len(missing)} weights are missing "
+            f"({', '.join(sorted(missing)[:2])}), {len(unexpected)} are unknown "
+            f"({', '.join(sorted(unexpected)[:2])}): give a model of the right kind"
+        )
+    bits = 0
+    for key, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"model {name}: {key} is not finite: use another checkpoint")
+        bits += int(weight.detach().view(torch.int32).sum())
+    FINGERPRINTS[f"model {name}"] = bits
 
 
 def load_tokenizer(name: str, chat_template: str | None = None):
-    with model_errors(name):
+    with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model {name}: its tokenizer has no EOS token, so that no completion could end: name one as "
-                        "eos_token in its tokenizer_config.json")
+        raise UserError(f"model {name}: its tokenizer has no EOS token, so no completion can end: "
+                        "name one as eos_token in its tokenizer_config.json")
     if chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise UserError(f"--chat-template {chat_template}: no such file; give a file with a Jinja template")
-        tokenizer.chat_template = Path(chat_template).read_text()
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--chat-template {chat_template}: {error.strerror}: give a Jinja file")
     return tokenizer
 
 
 @contextlib.contextmanager
-def model_errors(name: str):
+def loading(name: str):
+    """Whatever transformers raises while it loads, as one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        fix = "check the name, the network and HF_HUB_OFFLINE"
         if Path(name).is_dir():
-            raise UserError(f"model {name}: cannot be loaded ({cause}): the directory must hold config.json, "
-                            "*.safetensors and a tokenizer")
-        raise UserError(f"model {name}: no such directory, and not to be had from the Hub ({cause}): check the name, "
-                        "the network and HF_HUB_OFFLINE")
+            fix = "the directory must hold config.json, *.safetensors and a tokenizer"
+        raise UserError(f"model {name}: cannot be loaded ({cause}): {fix}")
 
 
 def autocast(model):
-    dtype = getattr(model, "autocast_dtype", None)
+    dtype = AUTOCAST.get(model.device.type)
     return torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a completion: generation_config may list several (<|eot_id|>, <|im_end|> ...)."""
+    """Every token that ends a completion: generation_config may list several."""
     configured = model.generation_config.eos_token_id
-    return sorted({*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None})
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({*configured, tokenizer.eos_token_id} - {None})
 
 
-def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth of the steps, then linear decay to 0."""
-    warmup = max(1, round(0.1 * total_steps))
-    return peak * min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
+def window(model) -> int:
+    """The longest row that the model has positions for; 1,024 where it does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 1024
 
 
-# ------------------------------------------------------------------------------------------------------- many processes
+def save_model(model, tokenizer, directory, dtype="float32", start=None) -> None:
+    """Write Hugging Face files, adapters merged, in fp32 as the weights were trained.
 
-LOST = ("another process of this job ended or cannot be reached, its own message is above: the same command with "
-        "--resume goes on from the last checkpoint, with as many processes as you like")
+    bfloat16 halves the files and loses every update below 1/256 of its weight, most of a real
+    model's: the share is printed, by comparison with `start`, the model before training.
+    """
+    state = full_state_dict(model)
+    if rank() == 0:
+        save_adapters(state, model, Path(directory) / "adapter", start)
+        merge_adapters(state, model)
+        if dtype == "bfloat16":
+            before = type(model).from_pretrained(start, dtype=torch.float32).state_dict()
+            pairs = [(x, before[name]) for name, x in state.items() if name in before]
+            moved = sum(int((x != y).sum()) for x, y in pairs)
+            kept = sum(int((x.bfloat16() != y.bfloat16()).sum()) for x, y in pairs)
+            print(f"--save-dtype bfloat16: {1 - kept / max(1, moved):.1%} of the updates are lost")
+        first = {}  # tied weights stay one tensor, which is written once
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in state:
+                state[name] = state[first.setdefault(id(parameter), name)]
+        state = {name: x.to(getattr(torch, dtype)) for name, x in state.items()}
+        model.save_pretrained(directory, state_dict=state)
+        model.config.dtype = getattr(torch, dtype)  # not the dtype of the model in memory
+        model.config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    if world_size() > 1:
+        dist.barrier()  # the others read the files next
 
 
-def world() -> tuple[int, int]:
-    """-> (rank of this process, number of processes): (0, 1) unless torchrun started more."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# --- LoRA ---
 
 
-def join_processes() -> None:
-    """Find the other processes that torchrun started. Only the first one prints."""
-    if not dist.is_torchelastic_launched():
+class LoRALinear(torch.nn.Module):
+    """y = W x + (alpha / rank) B A x (Hu et al. 2021): W is frozen, and B is 0 at the start."""
+
+    def __init__(self, base, rank: int, alpha: float):
+        super().__init__()
+        outputs, inputs = base.weight.shape
+        device = base.weight.device
+        self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, inputs, device=device))
+        self.lora_B = torch.nn.Parameter(torch.zeros(outputs, rank, device=device))
+        torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.enabled:
+            y = y + self.alpha / self.rank * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return y
+
+
+def adapters_of(model) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def add_adapters(model, rank: int, alpha: float) -> None:
+    """Adapters on all linear layers of the trunk; a new head is trained, all else is frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith("score.")
+        if not parameter.requires_grad and model.device.type == "cuda":
+            parameter.data = parameter.data.to(AUTOCAST["cuda"])  # nothing is added to it
+    for parent in list(model.base_model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, LoRALinear(child, rank, alpha))
+    if not adapters_of(model):
+        raise UserError(f"--lora-rank: {model.config.model_type} has no torch.nn.Linear layers")
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """The model as it was before LoRA training: the reference. No change without adapters."""
+    for adapter in adapters_of(model).values():
+        adapter.enabled = False
+    yield model
+    for adapter in adapters_of(model).values():
+        adapter.enabled = True
+
+
+def merge_adapters(state: dict, model) -> None:
+    """In place: W + (alpha / rank) B A, under the names that the weights had before."""
+    for layer, adapter in adapters_of(model).items():
+        change = state.pop(f"{layer}.lora_B") @ state.pop(f"{layer}.lora_A")
+        weight = state.pop(f"{layer}.base.weight").float()
+        state[f"{layer}.weight"] = weight + adapter.alpha / adapter.rank * change
+        if f"{layer}.base.bias" in state:
+            state[f"{layer}.bias"] = state.pop(f"{layer}.base.bias")
+
+
+def save_adapters(state: dict, model, directory: Path, start: str) -> None:
+    """In PEFT's format: PeftModel.from_pretrained(start, directory) gives the same logits."""
+    adapters = adapters_of(model)
+    if not adapters:
         return
-    if os.environ["RANK"] == "0":  # which may be waiting for the others, and not for signals, when torchrun sends one
-        def tell():
-            signal.sigwait({signal.SIGTERM})
-            print(f"{Path(sys.argv[0]).name}: error: {LOST}", file=sys.stderr, flush=True)
-            os._exit(2)
+    head = ["score"] if hasattr(model, "score") else None
+    names = [name for name in state if ".lora_" in name or name.startswith("score.")]
+    names = {name: name if name.startswith("score.") else f"{name}.weight" for name in names}
+    adapter = next(iter(adapters.values()))
+    config = dict(
+        peft_type="LORA",
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        base_model_name_or_path=str(start),
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=sorted({layer.rpartition(".")[2] for layer in adapters}),
+        modules_to_save=head,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {f"base_model.model.{new}": state[old].contiguous() for old, new in names.items()}
+    save_file(weights, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=tell, daemon=True).start()
-    else:
-        sys.stdout = open(os.devnull, "w")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+# --- many processes ---
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place: each has computed its rows, and has 0 elsewhere."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def prepare_for_training(model, args):
+    """Adapters, gradient checkpointing, shards: as the flags say, before the optimizer is made."""
+    if args.lora_rank:
+        add_adapters(model, args.lora_rank, args.lora_alpha or args.lora_rank)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only
+    return shard(model, args)
 
 
 def shard(model, args):
-    """FSDP2: each process keeps a part of the weights, of their gradients and of the optimizer's state, and has a
-    layer's weights whole while it computes with it. --replicas of the whole, such as one a node, make it HSDP. To be
-    called before an optimizer is made; with one process, nothing changes. With bfloat16 the whole forward pass is in
-    it, where autocast on one GPU leaves norms and the residual stream in fp32."""
-    can_pack(model)  # asks base_model, which alone must not be called once it is sharded
-    size = world()[1]
-    if size == 1:
+    """FSDP2: each process keeps a part of weights, gradients and moments, and has a layer whole
+    while it computes with it. --replicas copies, such as one per node, make it HSDP."""
+    uses_packing(model)  # tried on the trunk alone, which must not be called once it is sharded
+    if world_size() == 1:
         return model
-    if size % args.replicas:
-        raise UserError(f"--replicas {args.replicas}: {size} processes cannot be divided equally among so many copies")
-    policy = MixedPrecisionPolicy(param_dtype=model.autocast_dtype, reduce_dtype=torch.float32)
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    if not layers:
-        raise UserError(f"{model.config.model_type}: transformers does not say what its layers are: use one process")
-    mesh = device_mesh(model.own_device.type, args.replicas, size // args.replicas)
+    if world_size() % args.replicas:
+        raise UserError(f"--replicas {args.replicas}: does not divide {world_size()} processes")
+    shape, names = (world_size(),), ("shards",)
+    if args.replicas > 1:
+        shape, names = (args.replicas, world_size() // args.replicas), ("replicas", "shards")
+    device = pick_device(args.device).type
+    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=AUTOCAST[device], reduce_dtype=torch.float32)
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     for module in [*layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by what the batches of all processes count
+        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the whole batch
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    model.base_states = types.MethodType(base_states, model)
-    register_fsdp_forward_method(model, "base_states")
+    model.trunk_states = types.MethodType(trunk_states, model)
+    register_fsdp_forward_method(model, "trunk_states")
     return model
-
-
-@functools.cache
-def device_mesh(kind: str, copies: int, parts: int):
-    if copies == 1:
-        return dist.init_device_mesh(kind, (parts,))
-    return dist.init_device_mesh(kind, (copies, parts), mesh_dim_names=("copies", "parts"))
 
 
 @contextlib.contextmanager
 def unsharded(model):
-    """All weights whole, on every process: each samples as long as its own rows need, and none waits for another."""
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the model itself comes first
-    for module in sharded:
+    """All weights whole, on every process: each samples as long as its own rows need."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:  # the model itself comes first
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     yield
@@ -280,45 +346,45 @@ def unsharded(model):
         module.reshard()
 
 
-def in_parts(model):
-    """The model with its own parts for parameters: FSDP leaves some whole after a forward pass without gradient."""
+def reshard(model) -> None:
+    """FSDP leaves some weights whole after a forward pass without gradient."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return model
 
 
-def whole(state):
-    """A state_dict, each tensor put together from its parts, on the CPU of the first process (None on the others)."""
-    def gather(x):
-        if not isinstance(x, DTensor):
-            return x
-        x = x.full_tensor()
-        return x.cpu() if world()[0] == 0 else None
-    return tree_map(gather, state)
+def full_state_dict(model) -> dict:
+    """The whole weights on the CPU of the first process; empty on the others."""
+    reshard(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=world_size() > 1)
+    state = get_model_state_dict(model, options=options)
+    return {name: x.detach().cpu() for name, x in state.items()}
 
 
-def own_part(x, parameter):
-    """What this process keeps of a whole tensor that belongs to `parameter`."""
-    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
-        return x
-    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+def mean_over_batch(totals: dict, count: int) -> dict[str, float]:
+    """Sums over this process's rows -> means over the `count` rows of the whole batch."""
+    sums = all_reduce(torch.stack([total.detach().float() for total in totals.values()]))
+    return {name: total / count for name, total in zip(totals, sums.tolist())}
 
 
-def summed(x: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, in place: each has computed its rows, and has 0 at the others'."""
-    if world()[1] > 1:
-        dist.all_reduce(x)
-    return x
+def to_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars on the device -> numbers, for one wait of the host."""
+    return dict(zip(values, torch.stack([x.float() for x in values.values()]).tolist()))
 
 
-def raise_together(message: str | None) -> None:
-    """A UserError on every process where one of them has a message: none waits for another that has stopped."""
-    messages = [message] * world()[1]
-    if len(messages) > 1:
-        dist.all_gather_object(messages, message)
-    for message in filter(None, messages):
-        raise UserError(message)
+def load_reference(policy, args):
+    """The policy before training: its adapters off (see adapters_off), or a second copy."""
+    if args.lora_rank:
+        return policy
+    return shard(load_model(args.model, args.device, args.dtype), args)
+
+
+def set_learning_rate(optimizer, step: int, total_steps: int, *peaks: float) -> None:
+    """Linear warm-up over the first tenth of the steps, then linear decay to 0."""
+    warmup = max(1, round(0.1 * total_steps))
+    factor = min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
+    for group, peak in zip(optimizer.param_groups, peaks):
+        group["lr"] = peak * factor
 
 
 def clip_gradients(model, max_norm: float) -> float:
@@ -327,975 +393,483 @@ def clip_gradients(model, max_norm: float) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-# ---------------------------------------------------------------------------------------------------- log-probabilities
-
-LOGITS_AT_ONCE = 2**26  # elements of [rows, vocabulary] alive at a time: 256 MB in fp32
+# --- text to ids ---
 
 
-def token_logprobs(model, input_ids, attention_mask, completion_mask, temperature=1.0):
-    """log p(token t | tokens < t) at the given temperature, for completion tokens -> [B, T] fp32, 0 elsewhere.
+class Row(NamedTuple):
+    ids: list[int]
+    mask: list[int]  # 1 on the completion
 
-    input_ids, completion_mask [B, T]. attention_mask [B, T] may be None for rows padded on the right: they are then
-    packed (see packed_rows), which is faster. With a mask, positions count from each row's first real token.
 
-    Logits exist only where a completion token is predicted, and only LOGITS_AT_ONCE of them at a time: a pre-hook takes
-    the hidden states away from the model's head, which is then applied to the wanted ones, chunk by chunk, and again in
-    the backward pass. Soft-capping and logit scales (Gemma 2, Cohere, Granite ...) are applied as the model would; that
-    is checked against its own logits once.
+def make_row(prompt_ids: list[int], completion_ids: list[int]) -> Row:
+    mask = [0] * len(prompt_ids) + [1] * len(completion_ids)
+    return Row(prompt_ids + completion_ids, mask)
+
+
+def encode_prompt(tokenizer, prompt, tools=None) -> list[int]:
+    """A text, or messages through the chat template -> the ids that generation starts from.
+
+    Where the last message is the assistant's, it is continued.
     """
-    wanted = completion_mask.bool().clone()
-    wanted[:, 0] = False  # nothing predicts the first token
-    head, states = model.get_output_embeddings(), []
-
-    def take_hidden_states(module, inputs):
-        states.append(inputs[0])
-        return (inputs[0][:1, :1],)
-
-    needed = wanted.flip(1).cumsum(1).flip(1) > wanted.long()  # a wanted token comes after
-    hook = head.register_forward_pre_hook(take_hidden_states)
-    try:
-        with packed_rows(model, input_ids, needed, attention_mask) as (inputs, place), autocast(model):
-            own_logits = model(**inputs).logits[0, 0]  # [V]
-    finally:
-        hook.remove()
-    if not getattr(model, "head_is_checked", False):
-        with torch.no_grad(), autocast(model):
-            error = (own_logits - logits_of(model, states[0][0, 0])).abs().max()
-        if not error <= (1e-3 if own_logits.dtype == torch.float32 else 0.03) * (1 + own_logits.abs().max()):
-            raise UserError(f"{model.config.model_type}: this architecture changes its logits in a way that "
-                            "logits_of() in common.py does not know: add it there")
-        model.head_is_checked = True
-
-    def chunk_logprobs(hidden, targets):  # [n, D], [n] -> [n]
-        with autocast(model):
-            logits = logits_of(model, hidden)
-        return TargetLogprobs.apply(logits.float(), targets, temperature)
-
-    hidden = F.embedding(place[:, :-1][wanted[:, 1:]], states[0].flatten(0, 1))  # [N, D]: what predicts the targets
-    targets = input_ids[wanted]  # [N]
-    at_once = LOGITS_AT_ONCE if targets.is_cuda or torch.is_grad_enabled() else LOGITS_AT_ONCE // 16  # fits the caches
-    rows = max(1, at_once // head.weight.shape[0])
-    with autocast(model):  # around all chunks: it casts the head once
-        if len(targets) <= rows:
-            logps = chunk_logprobs(hidden, targets)
-        else:
-            logps = torch.cat([checkpoint(chunk_logprobs, h, t, use_reentrant=False)
-                               for h, t in zip(hidden.split(rows), targets.split(rows))])
-    return torch.zeros(input_ids.shape, device=logps.device).masked_scatter(wanted, logps)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+        if ids[:2] == [bos, bos]:
+            ids = ids[1:]  # the text began with one
+        if ids[-1:] == [eos] != encode(tokenizer, prompt)[-1:] or ids[-2:] == [eos, eos]:
+            ids = ids[:-1]  # some tokenizers end every text
+    else:
+        begun = prompt[-1]["role"] != "assistant"
+        ids = encode(tokenizer, render(tokenizer, prompt, tools, begun, continued=not begun))
+    return ids or [eos if bos is None else bos]
 
 
-@contextlib.contextmanager
-def packed_rows(model, input_ids, needed, attention_mask=None):
-    """-> (forward's arguments, place [B, T]: where each needed token's state stands in its flattened result, [N, D]).
+def encode_row(tokenizer, prompt, completion, stops: list[int], tools=None) -> Row:
+    """-> the prompt's ids, as generation starts from them, then the completion's, the last one a
+    stop token. No token spans the boundary; all together decode to prompt + completion."""
+    if isinstance(completion, str):
+        ids = encode_continuation(tokenizer, completion)
+        if not (ids and ids[-1] in stops):
+            ids = [*ids, tokenizer.eos_token_id]
+        return make_row(encode_prompt(tokenizer, prompt, tools), ids)
+    if prompt[-1]["role"] == "assistant":  # begun in the prompt, continued by the completion
+        before = render(tokenizer, prompt, tools, continued=True)
+        words = prompt[-1]["content"] + completion[0]["content"]
+        text = render(tokenizer, [*prompt[:-1], {**completion[0], "content": words}], tools)
+        return row_of_turn(tokenizer, before, text[len(before):], stops)
+    rows = encode_conversation(tokenizer, [*prompt, *completion], stops, tools, len(prompt))
+    if len(rows) != 1:
+        raise UserError(f"the completion has {len(rows)} turns of the assistant that the chat "
+                        "template does not write as one text: give one turn per completion")
+    return rows[0]
 
-    Rows [B, T] are packed into one, [1, N]: without their padding, and a start that is equal to the row's before (the
-    prompt of a pair, of a group) only once. Attention alone sees rows, [B, T] again; all else in a transformer works
-    token by token. Values and gradients stay the same. Rows stay rows where there is a mask, under gradient
-    checkpointing, beyond a sliding window, and where an architecture mixes tokens otherwise (tried once).
+
+def encode_conversation(tokenizer, messages, stops, tools=None, first=0) -> list[Row]:
+    """-> rows, the mask on what the assistant says in messages[first:] and on its stop tokens.
+
+    Each turn stands behind the ids that generation would have started from: in one row where
+    the text only grows, else (templates that drop earlier reasoning) in a row of its own.
     """
-    (B, T), config = input_ids.shape, model.config.get_text_config()
-    windows = [getattr(config, name, None) or T for name in ("sliding_window", "attention_chunk_size")]
-    if attention_mask is not None or model.training or T > min(windows) or not can_pack(model):
-        inputs = {"input_ids": input_ids, "use_cache": False}
-        if attention_mask is not None:
-            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-            inputs |= {"attention_mask": attention_mask, "position_ids": positions}
-        yield inputs, torch.arange(B * T, device=input_ids.device).view(B, T)
-        return
-    rows, columns = torch.arange(B, device=input_ids.device), torch.arange(T, device=input_ids.device)
-    needed = needed | ((rows[:, None] == 0) & (columns == 0))  # at least one token
-    shared = torch.zeros_like(needed)
-    shared[1:] = ((input_ids[1:] == input_ids[:-1]) & needed[:-1]).cumprod(1).bool()
-    own = needed & ~shared
-    source = torch.where(own, rows[:, None], 0).cummax(0).values  # the row that computes what row b shares with it
-    place = (own.flatten().cumsum(0) - 1).view(B, T).gather(0, source).clamp(min=0)
-    back = own.flatten().nonzero().squeeze(1)  # [N]
+    rows = []
+    for turn in range(first, len(messages)):
+        if messages[turn]["role"] != "assistant" or messages[turn].get("weight") == 0:
+            continue
+        before, said = split_turn(tokenizer, messages[:turn + 1], tools)
+        row = row_of_turn(tokenizer, before, said, stops)
+        if rows:
+            ids, mask = rows[-1]
+            if len(ids) <= row.mask.index(1) and row.ids[:len(ids)] == ids:
+                rows.pop()
+                row = Row(row.ids, mask + row.mask[len(mask):])
+        rows.append(row)
+    return rows
 
-    def attention(module, query, key, value, mask, *args, **kwargs):  # [1, heads, N, head size]
-        query, key, value = (F.embedding(place, x[0].transpose(0, 1).flatten(1)).unflatten(2, (x.shape[1], x.shape[3]))
-                             .transpose(1, 2) for x in (query, key, value))  # [B, heads, T, head size]
-        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, *args, **kwargs)
-        return F.embedding(back, output.flatten(2).flatten(0, 1)).unflatten(1, output.shape[2:])[None], None
 
-    before, ALL_ATTENTION_FUNCTIONS["packed_rows"] = config._attn_implementation, attention
-    config._attn_implementation = "packed_rows"
+def row_of_turn(tokenizer, before: str, said: str, stops) -> Row:
+    ids = encode_continuation(tokenizer, said)
+    stop_at = [t for t, token in enumerate(ids) if token in stops]
+    ids = ids[:stop_at[0] + 1] if stop_at else [*ids, tokenizer.eos_token_id]
+    return make_row(encode(tokenizer, before), ids)
+
+
+def split_turn(tokenizer, messages, tools=None) -> tuple[str, str]:
+    """A conversation that ends with the assistant -> the text that generation starts from, and
+    what generation then writes."""
+    text, content = render(tokenizer, messages, tools), messages[-1]["content"]
+    if len(messages) == 1:  # what precedes its words is the template's header
+        at = max(0, text.find(content.strip()))
+        return text[:at], text[at:]
+    before = render(tokenizer, messages[:-1], tools, begun=True)
+    if text.startswith(before):
+        return before, text[len(before):]
+    # The template begins a turn otherwise than it writes a finished one: DeepSeek-R1 opens a think
+    # tag, and later drops the reasoning. Generation writes the content, then the turn's end.
+    answer = content.rpartition("</think>")[2].strip()
+    end = text[text.rfind(answer) + len(answer):]
+    overlap = [n for n in range(2, len(content) + 1) if before.endswith(content[:n])]
+    return before, content[max(overlap, default=0):] + end
+
+
+def render(tokenizer, messages, tools=None, begun=False, continued=False) -> str:
+    """The chat template's text. begun: with the beginning of the assistant's turn; continued:
+    without the end of the last one."""
+    if tokenizer.chat_template is None:
+        raise UserError("conversations need a chat template, and the tokenizer has none: give one "
+                        "with --chat-template")
     try:
-        packed = {"input_ids": input_ids[own][None], "position_ids": columns.expand(B, T)[own][None]}
-        yield {**packed, "use_cache": False}, place
-    finally:
-        config._attn_implementation = before
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                             add_generation_prompt=begun,
+                                             continue_final_message=continued)
+    except Exception as error:  # a template raises what it likes
+        if len(messages) > 1 and messages[0]["role"] == "system":  # Gemma's knows no system role
+            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            merged = [{**messages[1], "content": content}, *messages[2:]]
+            return render(tokenizer, merged, tools, begun, continued)
+        raise UserError(f"the chat template refuses {json.dumps(messages)[:80]} ({error}): change "
+                        "the row or the template")
 
 
-@torch.no_grad()
-def can_pack(model) -> bool:
-    """Are the states of three rows, two of which share their start, the same packed as each alone?"""
-    if not hasattr(model, "packs"):
-        model.packs, base = True, model.base_model
-        rows = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 9, 8], [8, 7, 6, 5, 5]], device=model.device)
-        rows = rows % base.get_input_embeddings().num_embeddings
-        try:
-            alone = torch.cat([base(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows])
-            with packed_rows(model, rows, torch.ones_like(rows, dtype=torch.bool)) as (inputs, place):
-                packed = base(**inputs).last_hidden_state[0][place.flatten()]
-            model.packs = torch.allclose(packed, alone, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
-        except Exception:  # whatever an architecture does that does not know such attention
-            model.packs = False
-    return model.packs
+def encode(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def last_states(model, input_ids, needed):
-    """-> the last layer's states [N, D] of at least the needed tokens, and place [B, T]: which row of them is whose."""
-    with packed_rows(model, input_ids, needed) as (inputs, place), autocast(model):
-        states = getattr(model, "base_states", types.MethodType(base_states, model))(**inputs)
-    return states.flatten(0, 1), place
+def encode_continuation(tokenizer, text: str) -> list[int]:
+    """A text that continues another: no BOS, and not the space that SentencePiece and
+    add_prefix_space put before every text. It is cut off behind an anchor, where they do."""
+    context = encode(tokenizer, "a")
+    expected = tokenizer.decode(context) + text
+    for anchor in ("", "\n", "a\n", "a:", "a"):
+        start = encode(tokenizer, anchor)
+        ids = encode(tokenizer, anchor + text)
+        same_start, ids = ids[:len(start)] == start, ids[len(start):]
+        if same_start and tokenizer.decode(context + ids) == expected:
+            return ids
+    return encode(tokenizer, text)
 
 
-def base_states(model, **inputs):
-    return model.base_model(**inputs).last_hidden_state
+# --- batches ---
 
 
-def states_at_end(model, input_ids, completion_mask) -> torch.Tensor:
-    """The last layer's state at the last completion token of each row, found by its index: [B, T] -> [B, D]."""
-    last = completion_mask.shape[1] - 1 - completion_mask.flip(1).argmax(1)
-    needed = torch.arange(input_ids.shape[1], device=last.device) <= last[:, None]
-    states, place = last_states(model, input_ids, needed)
-    return states[place[torch.arange(len(last)), last]]
-
-
-def head_scores(model, states) -> torch.Tensor:
-    """The one-label head in fp32: in bf16 many scores would be equal. [..., D] -> [...]"""
-    return F.linear(states.float(), model.score.weight.float()).squeeze(-1)
-
-
-class TargetLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) [n, V] at targets [n] -> [n], all in the memory of `logits`, which is lost, and
-    its gradient, (1 at the target - softmax) / temperature: another [n, V] would take longer than its arithmetic."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, temperature):
-        logits = logits.detach()  # no operation of logits_of() reads its own result in the backward pass
-        if temperature != 1:
-            logits.div_(temperature)
-        torch.log_softmax(logits, 1, out=logits)
-        ctx.temperature = temperature
-        ctx.save_for_backward(logits, targets)
-        return logits.gather(1, targets[:, None]).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, gradient):  # [n]
-        logps, targets = ctx.saved_tensors
-        gradient = gradient[:, None] / ctx.temperature
-        return logps.exp_().mul_(-gradient).scatter_add_(1, targets[:, None], gradient), None, None
-
-
-def logits_of(model, hidden):
-    """The head on [..., D], then what the architecture does to its logits -> [..., V]."""
-    logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
-    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)  # Cohere, Granite
-    logits = logits * scale if scale else logits
-    logits = logits / divisor if divisor else logits
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def cache_arguments(model, cache) -> dict:
-    """A cache for forward(), which calls it `cache` since transformers 5.24 and called it `past_key_values` before."""
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: cache, "use_cache": True}
-
-
-def pad_rows(rows: list[tuple[list[int], list[int]]], device="cpu"):
-    """[(ids, mask)] -> input_ids, completion_mask [B, T], padded on the right."""
+def pad_rows(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> input_ids, completion_mask [B, T], padded on the right with zeros, which are not read."""
     longest = max(len(ids) for ids, _ in rows)
-    both = torch.tensor([[values + [0] * (longest - len(values)) for values in row] for row in rows])  # [B, 2, T]
-    return both.to(device).unbind(1)
+    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
+    completion_mask = torch.tensor([mask + [0] * (longest - len(mask)) for _, mask in rows])
+    return input_ids, completion_mask
 
 
-def micro_batches(lengths: list[int], micro_batch_size: int | None, tokens: int = 4096, together=False):
-    """Row numbers, sorted by length so that little is padding, in groups for one forward pass each: `micro_batch_size`
-    of them, or (None) as many as fit into `tokens` tokens, padding included. Of many processes each gets its share of
-    every group, so that they make equally many passes, as FSDP demands: every so manieth row, which makes the shares
-    equally long, or (`together`) neighbours, which may have their prompt in common."""
-    (rank, size), groups = world(), []
+def token_budget(model) -> int:
+    """Tokens per forward pass: 4,096, or so many that their logits take 1 GiB in fp32."""
+    return min(4096, 2**28 // model.get_input_embeddings().num_embeddings)
+
+
+def micro_batches(lengths, micro_batch_size=None, tokens=4096) -> list[list[int]]:
+    """Indices of rows, sorted by length, in groups for one forward pass each: micro_batch_size
+    rows per process, or (None) as many as fit into `tokens` tokens. Each process gets its share
+    of every group, so that all make equally many passes, as FSDP demands."""
+    size, groups = world_size(), [[]]
     if len(lengths) < size:
-        raise UserError(f"{len(lengths)} rows for {size} processes: give at least one for each (--batch-size, "
-                        "--eval-prompts ...)")
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        fits = groups and (len(groups[-1]) < micro_batch_size * size if micro_batch_size else
-                           (len(groups[-1]) + 1) * lengths[row] <= tokens * size)
-        if fits or groups and len(groups[-1]) < size:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    if len(groups[-1]) < size:
-        groups[-2:] = [groups[-2] + groups[-1]]
-    if together:
-        return [group[len(group) * rank // size:len(group) * (rank + 1) // size] for group in groups]
-    return [group[rank::size] for group in groups]
+        raise UserError(f"{len(lengths)} rows for {size} processes: give each at least one "
+                        "(--batch-size, --eval-prompts)")
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        most = micro_batch_size or tokens // max(1, lengths[index])
+        if len(groups[-1]) >= size * max(1, most):
+            groups.append([])
+        groups[-1].append(index)
+    if len(groups[-1]) < size:  # one for each is left
+        last = groups.pop()
+        groups[-1] += last
+    return [g[len(g) * rank() // size:len(g) * (rank() + 1) // size] for g in groups]
+
+
+def send(device, *tensors) -> list[torch.Tensor]:
+    """Integers from the CPU to the device, in one copy that the host does not wait for."""
+    together = torch.cat([x.flatten() for x in tensors])
+    if device.type == "cuda":
+        together = together.pin_memory()
+    parts = together.to(device, non_blocking=True).split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors)]
+
+
+# --- log-probabilities ---
+
+
+def token_logprobs(model, input_ids, completion_mask, temperature=1.0) -> torch.Tensor:
+    """log p(token t | tokens < t) at the given temperature -> [B, T] fp32, 0 outside the mask.
+
+    input_ids, completion_mask [B, T], padded on the right. Logits exist only where they predict
+    a completion token, and the model itself scales and caps them.
+    """
+    input_ids, is_target = input_ids.cpu(), completion_mask.cpu().bool()
+    is_target = is_target & (torch.arange(input_ids.shape[1]) > 0)  # nothing predicts the first
+    predicts = F.pad(is_target[:, 1:], (0, 1))
+    target_at = is_target.flatten().nonzero().squeeze(1)
+    logits = logits_at(model, input_ids, predicts)  # [N, V]
+    targets, target_at = send(logits.device, input_ids[is_target], target_at)
+    logps = -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
+    zeros = torch.zeros(input_ids.numel(), device=logits.device)
+    return zeros.index_copy(0, target_at, logps).view(input_ids.shape)
+
+
+def logits_at(model, input_ids, predicts) -> torch.Tensor:
+    """The logits at the marked positions [B, T], row by row -> [N, V]."""
+    inputs, place, packed = forward_inputs(model, input_ids, followed_by(predicts))
+    (keep,) = send(model.device, place[predicts])
+    with autocast(model):
+        if packed:
+            return model(**inputs, logits_to_keep=keep).logits[0]
+        return model(**inputs).logits.flatten(0, 1).index_select(0, keep)
+
+
+def followed_by(marked) -> torch.Tensor:
+    """True up to the last marked position of each row: [B, T] -> [B, T]."""
+    return marked.flip(1).cumsum(1).flip(1) > 0
 
 
 @torch.no_grad()
 def sequence_logprobs(model, rows, micro_batch_size=None, temperature=1.0) -> torch.Tensor:
-    """log pi(completion | prompt) of each row: the sum over its masked tokens -> [len(rows)] fp32, on the CPU."""
-    sums = torch.zeros(len(rows))
-    for group in micro_batches([len(ids) for ids, _ in rows], micro_batch_size):
-        input_ids, completion_mask = pad_rows([rows[i] for i in group], model.device)
-        sums[group] = token_logprobs(model, input_ids, None, completion_mask, temperature).sum(1).cpu()
-    return summed(sums)
+    """log pi(completion | prompt) of each row, the sum over its tokens -> [n] fp32, on the CPU."""
+    sums = torch.zeros(len(rows), device=model.device)
+    lengths = [len(ids) for ids, _ in rows]
+    for group in micro_batches(lengths, micro_batch_size, token_budget(model)):
+        input_ids, mask = pad_rows([rows[i] for i in group])
+        sums[group] = token_logprobs(model, input_ids, mask, temperature).sum(1)
+    return all_reduce(sums).cpu()
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+def states_at(model, input_ids, positions) -> torch.Tensor:
+    """The last layer's states at the marked positions [B, T], row by row -> [N, D]."""
+    inputs, place, _ = forward_inputs(model, input_ids, followed_by(positions))
+    (keep,) = send(model.device, place[positions])
+    trunk = getattr(model, "trunk_states", types.MethodType(trunk_states, model))
+    with autocast(model):
+        return trunk(**inputs).flatten(0, 1).index_select(0, keep)
 
 
-GRAPH_DEVICES = {"cuda"}  # where a decoding step is recorded once and replayed
+def trunk_states(model, **inputs):
+    return model.base_model(**inputs).last_hidden_state
+
+
+def head_scores(model, states) -> torch.Tensor:
+    """The one-label head in fp32: in bf16 many scores would be equal. [..., D] -> [...]"""
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.float(), model.score.weight.float()).squeeze(-1)
+
+
+def states_at_end(model, rows: list[Row]) -> torch.Tensor:
+    """The last layer's state at the last token of each row, found by its index -> [B, D]."""
+    input_ids, _ = pad_rows(rows)
+    last = torch.tensor([len(ids) - 1 for ids, _ in rows])
+    return states_at(model, input_ids, torch.arange(input_ids.shape[1]) == last[:, None])
+
+
+# --- packing: rows without padding, and a shared prompt only once ---
+
+
+def forward_inputs(model, input_ids, needed) -> tuple[dict, torch.Tensor, bool]:
+    """-> forward()'s arguments, where in its flattened result each needed token stands [B, T], and
+    whether rows are packed into one:
+
+        rows   x y a b .      packed   x y a b c d e      packed_at   0 1 2 3 .
+               x y c d e                                              0 1 4 5 6
+
+    A start that equals the previous row's (the prompt of a pair) is not repeated. Attention alone
+    needs the rows: packed_attention() reads them out by packed_at and writes back by came_from.
+    All else in a transformer works token by token. Values and gradients stay the same.
+    """
+    input_ids, (B, T) = input_ids.cpu(), input_ids.shape
+    config = model.config.get_text_config()
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    sees_all = all(size is None or T <= size for size in sizes)
+    if not (sees_all and uses_packing(model)):
+        (ids,) = send(model.device, input_ids)
+        return {"input_ids": ids, "use_cache": False}, torch.arange(B * T).view(B, T), False
+    rows, columns = torch.arange(B)[:, None], torch.arange(T)
+    needed = needed | (rows + columns == 0)  # at least one token
+    is_repeat = torch.zeros_like(needed)
+    is_repeat[1:] = ((input_ids[1:] == input_ids[:-1]) & needed[:-1]).cumprod(1).bool()
+    is_new = needed & ~is_repeat
+    owner = torch.where(is_new, rows, 0).cummax(0).values  # the row in which a repeat was new
+    packed_at = (is_new.flatten().cumsum(0) - 1).view(B, T).gather(0, owner).clamp(min=0)
+    came_from = is_new.flatten().nonzero().squeeze(1)
+    came_from = F.pad(came_from, (0, B * T - len(came_from))).view(B, T)
+    # transformers hands a 4-D mask to the attention as it is: here it holds the pack's indices.
+    ids, positions, mask = send(model.device, input_ids[is_new][None],
+                                columns.expand(B, T)[is_new][None],
+                                torch.stack([packed_at, came_from])[None])
+    inputs = dict(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    return inputs, packed_at, True
+
+
+def packed_attention(module, query, key, value, mask, **kwargs):
+    """query [1, heads, N, D] -> [1, N, heads, D], each row of the pack seeing itself alone."""
+    if mask is None or mask.dtype != torch.long:  # no pack
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    packed_at, came_from = mask[0, 0], mask[0, 1].flatten()[:query.shape[2]]
+
+    def in_rows(x):  # [1, heads, N, D] -> [B, heads, T, D]
+        tokens = x[0].transpose(0, 1).flatten(1).index_select(0, packed_at.flatten())
+        return tokens.view(*packed_at.shape, *x.shape[1::2]).transpose(1, 2)
+
+    rows = in_rows(query), in_rows(key), in_rows(value)
+    output, _ = sdpa_attention_forward(module, *rows, None, **kwargs)  # [B, T, heads, D]
+    tokens = output.flatten(2).flatten(0, 1).index_select(0, came_from)
+    return tokens.view(1, -1, *output.shape[2:]), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+PACKING = weakref.WeakKeyDictionary()  # model -> whether packing was found to change nothing
+
+
+@torch.no_grad()
+def uses_packing(model) -> bool:
+    """Tried once: do three rows, two of which share a start, have the same states packed as each
+    alone? Not where tokens mix without attention, or by an attention of the model's own."""
+    if model not in PACKING:
+        PACKING[model], before = True, model.config._attn_implementation
+        rows = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 9, 8], [8, 7, 6, 5, 5]])
+        rows = rows % model.get_input_embeddings().num_embeddings
+        try:
+            with autocast(model):
+                ids = rows.to(model.device)
+                alone = torch.cat([trunk_states(model, input_ids=row[None])[0] for row in ids])
+                model.set_attn_implementation("packed")
+                inputs, packed_at, _ = forward_inputs(model, rows, torch.ones_like(rows).bool())
+                packed = trunk_states(model, **inputs)[0][packed_at.flatten()]
+            error, size = (packed - alone).abs().max(), alone.abs().max()
+            PACKING[model] = bool(error <= (0.05 if AUTOCAST.get(ids.device.type) else 1e-3) * size)
+        except Exception:  # whatever an architecture does that does not know such attention
+            PACKING[model] = False
+        if not PACKING[model] and model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+    return PACKING[model]
+
+
+# --- sampling ---
 
 
 @dataclass
 class Rollout:
-    """Samples of a policy, prompt by prompt: rows i*num_samples ... (i+1)*num_samples - 1 answer prompt i."""
+    """Completions of a policy; those of prompt i are i * num_samples and what follows it."""
 
-    rows: list[tuple[list[int], list[int]]]  # (ids, mask): train on these, never on re-tokenised text
-    input_ids: torch.Tensor  # [B, T], padded on the right
-    completion_mask: torch.Tensor  # [B, T]: 1 up to and including the stop token
-    logps: torch.Tensor  # [B, T]: of the sampled tokens, at the sampling temperature
+    rows: list[Row]  # train on these ids, never on text that is encoded again
+    input_ids: torch.Tensor  # [B, T], padded on the right, on the CPU
+    completion_mask: torch.Tensor  # [B, T], on the CPU: up to and including the stop token
+    logps: torch.Tensor  # [B, T], on the device, at the sampling temperature
     completions: list[str]  # without the stop token
-    ended: torch.Tensor  # [B] bool: stopped by itself, not cut at max_new_tokens
+    ended: torch.Tensor  # [B] bool: stopped by itself, not truncated at max_new_tokens
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, rows_at_once=512) -> Rollout:
-    """`num_samples` completions of each prompt (a text, a list of messages, or token ids); temperature 0 is greedy.
+def generate(
+    model, tokenizer, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, rows_at_once=None
+) -> Rollout:
+    """num_samples completions of each prompt (a text, messages, or ids); temperature 0 is greedy.
 
-    Each prompt is encoded once and its cache copied to its samples; finished rows are dropped when a quarter is idle.
-    Pure sampling: top-k or top-p would make `logps` those of another policy. (Greedy `logps` are at temperature 1.)
+    Pure sampling: top-k or top-p would make `logps` those of another policy.
     """
-    encoded = [p if p and isinstance(p[0], int) else encode_prompt(tokenizer, p) for p in prompts]
-    stops = stop_ids(model, tokenizer)
-    draws = torch.rand(len(encoded), num_samples, max_new_tokens)  # a number for each token, whoever computes it when
-    shape, (rank, size) = (len(encoded), num_samples), world()
-    tokens = torch.zeros(*shape, max_new_tokens, dtype=torch.long, device=model.device)
-    logps = torch.zeros(*shape, max_new_tokens, device=model.device)
-    lengths = torch.zeros(shape, dtype=torch.long, device=model.device)
-    rows_at_once = min(rows_at_once, 2**17 // (max(map(len, encoded)) + max_new_tokens))  # a cache has so many tokens
-    own, per_pass = range(rank, len(encoded), size), max(1, rows_at_once // num_samples)
-    with unsharded(model), autocast(model):
+    prompt_ids = [list(p) if p and isinstance(p[0], int) else encode_prompt(tokenizer, p)
+                  for p in prompts]
+    # A random number for each token: it does not matter which process computes it, or when.
+    draws = torch.rand(len(prompt_ids), num_samples, max_new_tokens)
+    tokens = torch.zeros_like(draws, dtype=torch.long, device=model.device)
+    logps = torch.zeros_like(draws, device=model.device)
+    lengths = torch.zeros_like(tokens[:, :, 0])
+    longest = max(len(ids) for ids in prompt_ids) + max_new_tokens
+    rows_at_once = rows_at_once or rows_in_cache(model, longest)
+    own = list(range(rank(), len(prompt_ids), world_size()))
+    per_pass = max(1, rows_at_once // num_samples)
+    stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
+    training = model.training
+    model.eval()  # in training mode, GPT-2 and others drop the cache where they checkpoint
+    with unsharded(model), autocast(model):  # outside the steps: weights are cast to bf16 once
         for start in range(0, len(own), per_pass):
-            here = list(own[start:start + per_pass])
-            sampled = sample_rows(model, [encoded[i] for i in here], draws[here].flatten(0, 1).to(model.device),
-                                  temperature, torch.tensor(stops, device=model.device))
-            for all_rows, rows in zip((tokens, logps, lengths), sampled):
-                all_rows[here] = rows.unflatten(0, (len(here), num_samples))
-    tokens, logps, lengths = (summed(x).flatten(0, 1) for x in (tokens, logps, lengths))  # [B, ...]
-    completions = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
-    rows = [make_row(encoded[i // num_samples], ids) for i, ids in enumerate(completions)]
-    input_ids, completion_mask = pad_rows(rows, model.device)
-    ended = [ids[-1] in stops for ids in completions]
-    # SentencePiece drops the first space of a text, so a completion's text is what it adds to its prompt's.
-    texts = [ids[:-1] if end else ids for (ids, _), end in zip(rows, ended)]
-    texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
-    heads = [len(text) for text in tokenizer.batch_decode(encoded, skip_special_tokens=True)]
-    texts = [text[heads[i // num_samples]:] for i, text in enumerate(texts)]
-    sampled = torch.arange(max_new_tokens, device=model.device) < lengths[:, None]  # [B, max_new_tokens]
-    logps = torch.zeros(input_ids.shape, device=model.device).masked_scatter(completion_mask.bool(), logps[sampled])
-    return Rollout(rows, input_ids, completion_mask, logps, texts, torch.tensor(ended))
+            here = own[start:start + per_pass]
+            sampled = sample(model, [prompt_ids[i] for i in here], draws[here], temperature, stops)
+            tokens[here], logps[here], lengths[here] = sampled
+    model.train(training)
+    tokens, logps, lengths = [all_reduce(x).cpu().flatten(0, 1) for x in (tokens, logps, lengths)]
+
+    ids = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+    prompt_of = [i // num_samples for i in range(len(ids))]
+    rows = [make_row(prompt_ids[i], completion) for i, completion in zip(prompt_of, ids)]
+    stops = stop_ids(model, tokenizer)
+    ended = torch.tensor([completion[-1] in stops for completion in ids])
+    # SentencePiece drops the first space of a text: a completion is what it adds to its prompt.
+    whole = [row.ids[:-1] if end else row.ids for row, end in zip(rows, ended)]
+    whole = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    begun = [len(x) for x in tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)]
+    completions = [text[begun[i]:] for i, text in zip(prompt_of, whole)]
+    input_ids, mask = pad_rows(rows)
+    is_token = torch.arange(max_new_tokens) < lengths[:, None]
+    logps = torch.zeros(mask.shape).masked_scatter(mask.bool(), logps[is_token])
+    return Rollout(rows, input_ids, mask, logps.to(model.device), completions, ended)
 
 
-def sample_rows(model, prompts, draws, temperature, stops):
-    """Token ids of P prompts, draws [B, max_new_tokens] from [0, 1), B a multiple of P -> sampled tokens [B,
-    max_new_tokens], their log-probabilities, lengths [B] up to the stop token."""
-    longest, device, max_new_tokens = max(map(len, prompts)), model.device, draws.shape[1]
-    input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer(max_new_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    out = model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                logits_to_keep=1, **cache_arguments(model, cache))
-    row = torch.arange(len(prompts), device=device).repeat_interleave(len(draws) // len(prompts))
-    cache.reorder_cache(row)  # each prompt's keys and values, once for each of its samples
-    logits, mask = out.logits[row, -1], F.pad(mask[row], (0, max_new_tokens))  # [B, V], [B, longest + max_new_tokens]
-    live = torch.arange(len(row), device=device)  # which sample each row of the cache belongs to
-    running = torch.ones(len(row), dtype=torch.bool, device=device)
-    tokens = torch.zeros(len(row), max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(len(row), max_new_tokens, device=device)
-    lengths = torch.full((len(row),), max_new_tokens, device=device)
-    graphs, step = device.type in GRAPH_DEVICES, None
-    for t in range(max_new_tokens):
+def rows_in_cache(model, length: int) -> int:
+    """Rows of so many tokens that are decoded together: at most 512, and as many as have their
+    keys and values in 8 GiB of a GPU, or 2 GiB of a CPU."""
+    config, gpu = model.config.get_text_config(), model.device.type == "cuda"
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * size * 4  # bytes; rotary keys may be fp32
+    return max(1, min(512, (2**33 if gpu else 2**31) // (per_token * length)))
+
+
+def sample(model, prompts, draws, temperature, stops) -> tuple[torch.Tensor, ...]:
+    """Ids of P prompts, draws [P, G, L] from [0, 1) -> tokens and their log-probabilities
+    [P, G, L], lengths up to the stop token [P, G]. Each prompt is encoded once, and finished rows
+    are dropped when a quarter is idle."""
+    (P, G, L), device, longest = draws.shape, model.device, max(map(len, prompts))
+    pads = torch.tensor([longest - len(ids) for ids in prompts])
+    ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = (torch.arange(longest) >= pads[:, None]).long()
+    ids, mask, prompt_of = send(device, ids, mask, torch.arange(P).repeat_interleave(G))
+    decode = Decoder(model, longest + L)
+    logits = decode.prefill(ids, mask)[prompt_of]  # [P * G, V]
+    decode.cache.reorder_cache(prompt_of)  # the prompt's keys and values for each completion
+    mask = F.pad(mask[prompt_of], (0, L))
+    draws = draws.to(device).view(P * G, L)
+    tokens, logps = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
+    lengths = torch.full((P * G,), L, device=device)
+    live = torch.arange(P * G, device=device)  # whose completion each row of the cache is
+    running = torch.ones(P * G, dtype=torch.bool, device=device)
+    for t in range(L):
         token, logp = sample_token(logits, temperature, draws[live, t])
         tokens[live, t], logps[live, t] = token, logp
         stopped = running & torch.isin(token, stops)
         lengths[live] = torch.where(stopped, t + 1, lengths[live])
         running = running & ~stopped
-        if t + 1 == max_new_tokens:
+        if t + 1 == L:
             break
-        if not graphs or t % 8 == 0:  # to ask a GPU is to wait for it
+        if device.type != "cuda" or t % 8 == 0:  # to ask a GPU is to wait for it
             left = int(running.sum())
             if left == 0:
                 break
-            # At every finish, copying the cache would cost more than the idle rows; a graph is for one number of rows.
-            if left <= (0.5 if graphs else 0.75) * len(running):
-                keep, step = running.nonzero().squeeze(1), None
-                cache.reorder_cache(keep)
+            if left <= 0.75 * len(running):  # at every finish, the copies would cost more
+                keep = running.nonzero().squeeze(1)
+                decode.cache.reorder_cache(keep)
                 live, token, mask, running = live[keep], token[keep], mask[keep], running[keep]
         mask[:, longest + t] = 1
-        if step is None:
-            step = captured_step(model, cache, token, mask, longest + t) if graphs else DecodingStep(model, cache)
-        logits = step(token, mask, longest + t)
-    return tokens, logps, lengths
+        logits = decode.step(token, mask, longest + t)
+    return tokens.view(P, G, L), logps.view(P, G, L), lengths.view(P, G)
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, with room for the tokens to come: DynamicLayer copies all it has at every token.
-    With a `column`, a tensor, a token goes there and all columns come back, as a CUDA graph wants it."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room, self.length, self.buffers, self.column = room, 0, None, None
-
-    def update(self, keys, values, *args, **kwargs):  # [B, heads, new tokens, head size]
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.buffers = [x.new_zeros(*x.shape[:2], x.shape[2] + self.room, x.shape[3], dtype=values.dtype)
-                            for x in (keys, values)]  # under autocast rotary positions make fp32 keys
-        if self.column is not None:
-            return [x.index_copy_(2, self.column, new.to(x.dtype)) for x, new in zip(self.buffers, (keys, values))]
-        first, self.length = self.length, self.length + keys.shape[2]
-        for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[:, :, first:self.length] = new
-        self.keys, self.values = (buffer[:, :, :self.length] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def reorder_cache(self, rows):
-        self.column, self.buffers = None, [buffer[rows] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, :self.length] for buffer in self.buffers)
-
-
-class DecodingStep:
-    """A token for each row into the cache: token [B], mask [B, columns], where the token stands -> logits [B, V]."""
-
-    def __init__(self, model, cache):
-        self.model, self.cache_arguments = model, cache_arguments(model, cache)
-
-    def __call__(self, token, mask, column):
-        return self.forward(token[:, None], mask[:, :column + 1], mask.sum(1, keepdim=True) - 1)
-
-    def forward(self, token, mask, positions):
-        return self.model(input_ids=token, attention_mask=mask, position_ids=positions,
-                          **self.cache_arguments).logits[:, -1]
-
-
-class StaticStep(DecodingStep):
-    """The same in memory that stays where it is, so that it can be recorded once, as a CUDA graph, and replayed: a
-    model's hundreds of small kernels take longer to launch than to run."""
-
-    def __init__(self, model, cache, mask):
-        super().__init__(model, cache)
-        self.token, self.positions, self.column = (mask.new_zeros(size) for size in ((len(mask), 1), (len(mask), 1), 1))
-        self.mask, self.graph = torch.zeros_like(mask, dtype=torch.bool)[:, None, None], None  # [B, 1, 1, columns]
-
-    def __call__(self, token, mask, column):
-        self.token.copy_(token[:, None])
-        self.positions.copy_(mask.sum(1, keepdim=True) - 1)
-        self.mask.copy_(mask[:, None, None])
-        self.column.fill_(column)
-        if self.graph is None:
-            return self.forward(self.token, self.mask, self.positions)
-        self.graph.replay()
-        return self.logits
-
-    def capture(self):
-        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        try:
-            torch.cuda.set_sync_debug_mode("error")  # a model that asks the host is found out before it spoils a graph
-            self.forward(self.token, self.mask, self.positions)
-            torch.cuda.set_sync_debug_mode("default")
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self.forward(self.token, self.mask, self.positions)
-            self.graph = graph
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.set_stream(stream)
-
-
-def captured_step(model, cache, token, mask, column):
-    """A step as a CUDA graph, or, where the model does not allow that or would then compute otherwise, a plain one."""
-    plain, static = DecodingStep(model, cache), StaticStep(model, cache, mask)
-
-    def use(column_tensor):
-        for layer in cache.layers:
-            layer.column, layer.length = column_tensor, column
-
-    roomy = all(type(layer) is RoomyLayer for layer in cache.layers)
-    if roomy and getattr(model, "decodes_statically", not isinstance(model, FSDPModule)):
-        try:
-            use(None)
-            expected = None if hasattr(model, "decodes_statically") else plain(token, mask, column)
-            use(static.column)
-            logits = static(token, mask, column)  # also the warm-up that a capture needs
-            if expected is not None:
-                model.decodes_statically = bool((logits - expected).abs().max() <= 0.02 * expected.abs().max())
-            static.capture()
-        except Exception:  # whatever an architecture asks the host in the middle of a step
-            model.decodes_statically = False
-        if model.decodes_statically:
-            return static
-        use(None)
-    return plain
-
-
-def sample_token(logits, temperature, draw):
-    """logits [B, V], draw [B] from [0, 1) -> token [B], distributed as softmax(logits / temperature), and its
-    log-probability [B] (nats)."""
+def sample_token(logits, temperature, draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [B, V], draw [B] from [0, 1) -> a token [B] distributed as softmax(logits /
+    temperature), and its log-probability [B] (nats; of greedy tokens at temperature 1)."""
     logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token = logits.argmax(-1)
-    else:  # by the inverse of the distribution function; the factor keeps the draw below its last value
+    else:  # the inverse of the distribution function; the factor keeps draws below its last value
         cdf = logps.exp().cumsum(-1)
-        token = torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:] * (1 - 2**-23), right=True).squeeze(1)
+        draw = draw[:, None] * cdf[:, -1:] * (1 - 2**-23)
+        token = torch.searchsorted(cdf, draw, right=True).squeeze(1)
     return token, logps.gather(1, token[:, None]).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------------------- text to tokens
-
-
-def make_row(prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:
-    return prompt_ids + completion_ids, [0] * len(prompt_ids) + [1] * len(completion_ids)
-
-
-def encode_prompt(tokenizer, prompt) -> list[int]:
-    """A text, or a list of {"role", "content"} through the chat template -> the ids that generation starts from."""
-    prompt = with_prefix(prompt, own_prefix(tokenizer))
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-        ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers add an EOS
-    else:
-        ids = from_template(tokenizer, prompt, add_generation_prompt=True, tokenize=True)
-    return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-
-
-def own_prefix(tokenizer) -> str:
-    """What a policy of reward_conditioning.py wants in front of every prompt; its tokenizer_config.json keeps it."""
-    return getattr(tokenizer, "init_kwargs", {}).get("prompt_prefix", "")
-
-
-def with_prefix(prompt, prefix: str):
-    """The prefix in front of a text, or of what the user says first."""
-    if isinstance(prompt, str) or not prefix:
-        return prefix + prompt if prefix else prompt
-    first = next((n for n, message in enumerate(prompt) if message["role"] == "user"), 0)
-    return [{**m, "content": prefix + m["content"]} if n == first else m for n, m in enumerate(prompt)]
-
-
-def encode_row(tokenizer, prompt, completion, stops: list[int]) -> tuple[list[int], list[int]]:
-    """-> (ids, mask). The prompt's ids are those that generation starts from; no token spans the boundary, there is no
-    second BOS, and all ids together decode to exactly prompt + completion. The last one is a stop token."""
-    if not isinstance(completion, str):
-        return encode_conversation(tokenizer, list(prompt) + list(completion), stops, first=len(prompt))
-    return make_row(encode_prompt(tokenizer, prompt),
-                    encode_continuation(tokenizer, completion) + [tokenizer.eos_token_id])
-
-
-def encode_continuation(tokenizer, text: str) -> list[int]:
-    """Ids of a text that continues another: no BOS, and not the space that SentencePiece puts before every text."""
-    def ids_of(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    if not hasattr(tokenizer, "adds_a_space"):
-        tokenizer.adds_a_space = tokenizer.decode(ids_of("a") + ids_of("b")) == "a b" and len(ids_of("\n")) > 0
-    return ids_of("\n" + text)[len(ids_of("\n")):] if tokenizer.adds_a_space else ids_of(text)
-
-
-def encode_conversation(tokenizer, messages, stops: list[int], first: int = 0) -> tuple[list[int], list[int]]:
-    """-> (ids, mask): 1 on what the assistant says in messages[first:], from the end of the generation prompt up to and
-    including the stop token (the newline that many templates write after it was never generated)."""
-    spoken = with_prefix(messages, own_prefix(tokenizer))
-    ids, mask, text = [], [], ""
-    for turn in range(first, len(messages)):
-        if messages[turn]["role"] != "assistant":
-            continue
-        before = from_template(tokenizer, spoken[:turn], add_generation_prompt=True)
-        until = from_template(tokenizer, spoken[:turn + 1])
-        if not (before.startswith(text) and until.startswith(before)):
-            raise UserError("the chat template writes earlier turns differently once an answer follows: give a "
-                            "--chat-template whose text only grows")
-        prompt = (encode_continuation(tokenizer, before[len(text):]) if ids else
-                  encode_prompt(tokenizer, messages[:turn]))
-        answer, text = encode_continuation(tokenizer, until[len(before):]), until
-        end = next((t + 1 for t, token in enumerate(answer) if token in stops), len(answer))
-        ids += prompt + answer
-        mask += [0] * len(prompt) + [1] * end + [0] * (len(answer) - end)
-    if 1 not in mask:
-        raise UserError("no assistant turn to learn from: delete the row")
-    end = len(mask) - mask[::-1].index(1)
-    ids, mask = ids[:end], mask[:end]
-    return (ids, mask) if ids[-1] in stops else (ids + [tokenizer.eos_token_id], mask + [1])
-
-
-def from_template(tokenizer, messages, add_generation_prompt=False, tokenize=False):
-    """A conversation through the chat template -> text, or ids."""
-    if tokenizer.chat_template is None:
-        raise UserError("conversations need a chat template, and the tokenizer has none: give one with --chat-template")
-    if not messages:
-        return [] if tokenize else ""
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=tokenize,
-                                             return_dict=False)
-    except Exception as error:  # a template raises what it likes
-        if messages[0].get("role") == "system" and len(messages) > 1:  # Gemma's knows no system role
-            first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            return from_template(tokenizer, [first, *messages[2:]], add_generation_prompt, tokenize)
-        raise UserError(f"the chat template refuses {json.dumps(messages)[:80]} ({error}): mend row or template")
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-def load_rows(name: str, split: str | None = "train") -> list[dict]:
-    """A Hub id, `id:config`, or a local .jsonl/.json/.csv/.parquet file or directory -> its rows. split None: the split
-    "test" if there is one."""
-    import datasets  # here, because it is slow to import
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, in one line
-    path = Path(name)
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    if kind and not path.exists():
-        raise UserError(f"--dataset {name}: no such file")
-    try:
-        if path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
-            rows = datasets.load_from_disk(name)
-            rows = rows[split] if isinstance(rows, dict) and split else rows
-        elif path.is_file():
-            rows = datasets.load_dataset(kind, data_files=name, split=split)
-        else:
-            rows = datasets.load_dataset(*([name] if path.is_dir() else name.split(":", 1)), split=split)
-        rows = list(rows.get("test", rows[next(iter(rows))]) if isinstance(rows, dict) else rows)
-    except Exception as error:  # datasets raises many kinds
-        lines = path.read_text(errors="replace").splitlines() if path.suffix == ".jsonl" else []
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line or "{}")
-            except json.JSONDecodeError as bad:
-                raise UserError(f"--dataset {name}, line {number}: not JSON ({bad}): mend or delete the line")
-        cause = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"--dataset {name}, --split {split}: cannot be read ({cause}): give a Hub id, id:config, or a "
-                        ".jsonl, .json, .csv or .parquet file or directory, and a split that it has")
-    if not rows:
-        raise UserError(f"--dataset {name}: has no rows")
-    return rows
-
-
-def hold_out(rows: list, seed: int, most: int = 500) -> tuple[list, list]:
-    """Set aside one row in ten, at most `most`, for evaluation -> (train, held out)."""
-    if len(rows) < 2:
-        raise UserError("the data set has one row, and one must be held out: give more rows, or an --eval-dataset")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    size = max(1, min(most, len(rows) // 10))
-    return [rows[i] for i in order[size:]], [rows[i] for i in order[:size]]
-
-
-def column(row: dict, name: str):
-    """row[name], which must be there and say something."""
-    if row.get(name) is None:
-        raise UserError(f"no {name!r} (columns: {', '.join(k for k, v in row.items() if v is not None)}): rename the "
-                        "column that holds it")
-    if not row[name] or (isinstance(row[name], str) and not row[name].strip()):
-        raise UserError(f"{name!r} is empty: fill it or delete the row")
-    return row[name]
-
-
-def comparison(row: dict):
-    """-> (prompt, chosen, rejected), each a text or a list of messages. Without a prompt column, or where conversations
-    repeat it, the prompt is what chosen and rejected share: whole messages, a text up to its last "\\n\\nAssistant:"
-    (Anthropic's HH), or whole words."""
-    chosen, rejected = column(row, "chosen"), column(row, "rejected")
-    if type(chosen) is not type(rejected):
-        raise UserError("'chosen' and 'rejected' must both be texts or both be lists of messages: mend the row")
-    if row.get("prompt") is not None and (isinstance(row["prompt"], list) or isinstance(chosen, str)):
-        return column(row, "prompt"), chosen, rejected
-    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    if isinstance(chosen, str):
-        turn = chosen[:shared].rfind("\n\nAssistant:")
-        shared = turn + len("\n\nAssistant:") if turn >= 0 else max(chosen[:shared].rfind(space) for space in " \n")
-    if not 0 < shared < min(len(chosen), len(rejected)):
-        raise UserError("'chosen' and 'rejected' do not continue a shared prompt differently: add a 'prompt' column")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def encode_all(rows: list[dict], name: str, encode, max_length: int) -> list:
-    """-> [(row, encode(row))]; encode gives one or more (ids, mask), which are cut at max_length. Rows whose prompt is
-    that long are dropped, and counted aloud."""
-    kept, cut, dropped = [], 0, []
-    for number, row in enumerate(rows, 1):
-        try:
-            encoded = encode(row)
-        except UserError as error:
-            raise UserError(f"{name}, row {number}: {error}")
-        if all(any(mask[:max_length]) for _, mask in encoded):
-            kept.append((row, [(ids[:max_length], mask[:max_length]) for ids, mask in encoded]))
-            cut += any(len(ids) > max_length for ids, _ in encoded)
-        else:
-            dropped.append((number, min(mask.index(1) for _, mask in encoded)))
-    if not kept:
-        raise UserError(f"{name}: no row fits: the prompt of row {dropped[0][0]} has {dropped[0][1]} tokens, "
-                        f"--max-length is {max_length}: raise it if the model's window allows, or shorten the prompts")
-    if dropped or cut:
-        print(f"{Path(name).name}: {len(rows)} rows; {len(dropped)} dropped, their prompts alone reach --max-length "
-              f"{max_length}; {cut} completions cut there")
-    return kept
-
-
-def load_prompts(args, model, tokenizer):
-    """-> training rows, each with its prompt's ids, [(row, ids)], and held-out rows; all leave room for an answer."""
-    max_length = max_row_length(model, args.max_length)
-    rows = load_rows(args.dataset, args.split)
-    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
-
-    def encode(row):
-        row["prompt"] = column(row, args.prompt_column)
-        return [make_row(encode_prompt(tokenizer, row["prompt"]), [0])]  # a token in the place of the completion
-
-    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
-    eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, max_length)[: args.eval_prompts]
-    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
-    return [(row, ids[:-1]) for row, ((ids, _),) in rows], eval_rows
-
-
-def max_row_length(model, max_length: int | None) -> int:
-    """--max-length, which must fit into the model's window; by default the window, or 1,024 tokens."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-    if max_length is not None and max_length > window:
-        raise UserError(f"--max-length {max_length}: the model's window is {window} tokens: choose at most that")
-    return max_length or min(window, 1024)
-
-
-def batches(num_rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> list[list[int]]:
-    """The row numbers of every update, shuffled anew each epoch: by the seed alone, so a resumed run sees the same."""
-    steps = max_steps or max(1, round(epochs * num_rows / batch_size))
-    generator, order = torch.Generator().manual_seed(seed), []
-    while len(order) < steps * batch_size:
-        order += torch.randperm(num_rows, generator=generator).tolist()
-    return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
-
-
-# -------------------------------------------------------------------------------------------------------------- rewards
-
-
-def load_reward(args, wrap=lambda function: function):
-    """--reward-fn, with `wrap` around it, or --reward-model -> reward(prompts, completions, rows) -> [n] fp32; None
-    where neither is given."""
-    if args.reward_fn and args.reward_model:
-        raise UserError("--reward-fn and --reward-model: give one of them")
-    if args.reward_model:
-        return reward_from_model(args.reward_model, args)
-    return reward_from_function(args.reward_fn, wrap) if args.reward_fn else None
-
-
-def as_answer(prompt, completion: str):
-    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
-
-
-def load_function(flag: str, spec: str):
-    """`FILE.py:function` -> the function."""
-    file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise UserError(f"{flag} {spec}: no such file: give FILE.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        return getattr(module, name)
-    except Exception as error:
-        raise UserError(f"{flag} {spec}: {type(error).__name__}: {error}: mend the file")
-
-
-def reward_from_function(spec: str, wrap=lambda function: function):
-    """`FILE.py:function`, called in TRL's convention: f(prompts=..., completions=..., **columns) -> list of floats.
-    `wrap` is put around it."""
-    function = wrap(load_function("--reward-fn", spec))
-
-    def call(prompts, completions, rows):
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
-        return torch.tensor([float(r) for r in function(prompts=prompts, completions=completions, **columns)])
-
-    def checked(prompts, completions, rows):
-        try:
-            rewards = call(prompts, completions, rows)
-        except Exception as whole_error:  # which none of them need raise alone
-            error, where = whole_error, ""
-            for p, c, row in zip(prompts, completions, rows):  # which one was it?
-                try:
-                    call([p], [c], [row])
-                except Exception as single_error:
-                    error, where = single_error, f" on prompt {str(p)[:80]!r}, completion {str(c)[:80]!r}"
-                    break
-            raise UserError(f"--reward-fn {spec} raised {type(error).__name__}: {error}{where}: mend the function")
-        if len(rewards) != len(prompts):
-            raise UserError(f"--reward-fn {spec} returned {len(rewards)} rewards for {len(prompts)} completions, the "
-                            f"first on prompt {str(prompts[0])[:80]!r}: return one for each")
-        for p, c, r in zip(prompts, completions, rewards.tolist()):
-            if not math.isfinite(r):
-                raise UserError(f"--reward-fn {spec} returned {r} for prompt {str(p)[:80]!r}, completion "
-                                f"{str(c)[:80]!r}: return finite numbers")
-        return rewards
-
-    def reward(prompts, completions, rows):
-        rewards, (rank, size), message = torch.zeros(len(prompts)), world(), None
-        completions = [as_answer(p, c) for p, c in zip(prompts, completions)]
-        own = prompts[rank::size], completions[rank::size], rows[rank::size]
-        try:
-            rewards[rank::size] = checked(*own) if own[0] else torch.zeros(0)
-        except UserError as error:
-            message = str(error)
-        raise_together(message)
-        return summed(rewards)
-
-    return reward
-
-
-def reward_from_model(name: str, args):
-    """A sequence-classification model with one label and its own tokenizer. The score is read at the last token, by
-    index: the stock head searches for pad, and finds the token before EOS where pad equals EOS."""
-    model = load_model(name, args.device, args.dtype, kind=AutoModelForSequenceClassification)
-    tokenizer = load_tokenizer(name)
-    if model.config.num_labels != 1:
-        raise UserError(f"--reward-model {name}: has {model.config.num_labels} labels: a reward model has one")
-    if not hasattr(model, "score"):
-        raise UserError(f"--reward-model {name}: {model.config.model_type} has no head `score` on its last states: "
-                        "take a decoder")
-    shard(model, args)
-
-    @torch.no_grad()
-    def reward(prompts, completions, rows):
-        stops = [tokenizer.eos_token_id]
-        encoded = [encode_row(tokenizer, p, as_answer(p, c), stops) for p, c in zip(prompts, completions)]
-        rewards = torch.zeros(len(encoded))
-        for group in micro_batches([len(ids) for ids, _ in encoded], args.micro_batch_size):
-            input_ids, mask = pad_rows([encoded[i] for i in group], model.device)
-            rewards[group] = head_scores(model, states_at_end(model, input_ids, mask)).cpu()
-        rewards = summed(rewards)
-        if not rewards.isfinite().all():
-            bad = int(rewards.isfinite().long().argmin())
-            raise UserError(f"--reward-model {name}: not a finite score for prompt {str(prompts[bad])[:80]!r}, "
-                            f"completion {str(completions[bad])[:80]!r}: train it with a lower --learning-rate")
-        return rewards
-
-    return reward
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluation
-
-
-def prompts_that_fit(rows, tokenizer, max_new_tokens: int, max_length: int) -> list[dict]:
-    """Rows with distinct prompts that leave room for max_new_tokens."""
-    fitting = [row for row in {str(row["prompt"]): row for row in rows}.values()
-               if len(encode_prompt(tokenizer, row["prompt"])) + max_new_tokens <= max_length]
-    if not fitting:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: no held-out prompt leaves so much room in {max_length} "
-                        "tokens: lower it")
-    return fitting
-
-
-@torch.no_grad()
-def evaluate_policy(model, tokenizer, rows, reward, reference_samples, args, step: int,
-                    prefix="", reference=None) -> tuple[dict, list[dict]]:
-    """One fresh sample for each row's prompt -> (metrics, samples): KL(pi || pi_ref) in nats a completion and, where
-    there is a reward, its mean and the win rate against the reference's samples (None: these are the reference's).
-    With a prefix in front of the policy's prompts the KL is that of pi(. | prefix, x) to pi_ref(. | x)."""
-    prompts = [row["prompt"] for row in rows]
-    with torch.random.fork_rng(devices=[]):  # an evaluation must not change what training draws
-        torch.manual_seed(args.seed + 1000 * step)
-        prefixed = [with_prefix(prompt, prefix) for prompt in prompts]
-        rollout = generate(model, tokenizer, prefixed, 1, args.max_new_tokens, args.temperature)
-    ref_rows = rollout.rows if not prefix else [make_row(encode_prompt(tokenizer, prompt), ids[mask.index(1):])
-                                                for prompt, (ids, mask) in zip(prompts, rollout.rows)]
-    log_ratios = sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
-    # Where training needs no reference, one is read for a moment.
-    ref_model = reference or shard(load_model(args.model, args.device, args.dtype), args)
-    log_ratios -= sequence_logprobs(ref_model, ref_rows, args.micro_batch_size, args.temperature)
-    if reference is None:
-        del ref_model
-        gc.collect()  # FSDP's modules know each other in circles
-    metrics = {"ended": rollout.ended.float().mean().item()}
-    metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
-    samples = [{"step": step, "prompt": p, "completion": c, "ended": e}
-               for p, c, e in zip(prompts, rollout.completions, rollout.ended.tolist())]
-    if reward:
-        rewards = reward(prompts, rollout.completions, rows)
-        samples = [{**sample, "reward": r} for sample, r in zip(samples, rewards.tolist())]
-        ref_rewards = torch.tensor([sample["reward"] for sample in reference_samples or samples])
-        metrics["reward"], metrics["reward_se"] = mean_and_se(rewards)
-        wins = (rewards > ref_rewards) + 0.5 * (rewards == ref_rewards)
-        metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(wins)
-        best = optimal_gain(args, metrics["kl"])
-        if best:
-            metrics["share_of_optimum"] = (metrics["reward"] - ref_rewards.mean().item()) / best
-    return metrics, samples
-
-
-def optimal_gain(args, kl: float) -> float | None:
-    """The most that any policy with this KL gains in reward over the reference: known in the embedded world, where
-    assets/make.py computed it from pi* = pi_ref exp(r / beta) / Z. Linear between its points; None beyond them."""
-    gold = str(ASSETS / "rewards.py") + ":sentiment"
-    given = [str(Path(name or "").resolve()) for name in (args.model, args.reward_fn)]
-    if (*given, args.temperature) != (str(ASSETS / "tiny-sft"), gold, 1.0):
-        return None
-    table = json.loads((ASSETS / "frontier.json").read_text())
-    points = [(0.0, 0.0)] + [(point["kl"], point["reward"] - table["reward_ref"]) for point in table["points"]]
-    for (kl_0, gain_0), (kl_1, gain_1) in zip(points, points[1:]):
-        if kl_0 < kl <= kl_1:
-            return gain_0 + (gain_1 - gain_0) * (kl - kl_0) / (kl_1 - kl_0)
-    return None
-
-
-def report(run, evaluation: dict, samples: list[dict], reference_samples: list[dict]) -> None:
-    """Write results.json, and print five samples of reference and trained policy, and the table that compares them."""
-    before, after = ["reference", "-", "0", "-", "-", "-"], ["trained", "-", "-", "-", "-", "-"]
-    before[4] = f"{sum(sample['ended'] for sample in reference_samples) / len(samples):.1%}"
-    after[4] = f"{evaluation['ended']:.1%}"
-    after[2] = f"{evaluation['kl']:.2f} ± {evaluation['kl_se']:.2f}"
-    if "share_of_optimum" in evaluation:
-        after[-1] = f"{evaluation['share_of_optimum']:.1%}"
-    if "reward" in evaluation:
-        ref_rewards = torch.tensor([sample["reward"] for sample in reference_samples])
-        evaluation = {**evaluation, "reward_ref": ref_rewards.mean().item(), "reward_ref_sd": ref_rewards.std().item()}
-        before[1], before[3] = f"{evaluation['reward_ref']:.2f} (sd {evaluation['reward_ref_sd']:.2f})", "50%"
-        after[1] = f"{evaluation['reward']:.2f} ± {evaluation['reward_se']:.2f}"
-        after[3] = f"{evaluation['win_rate']:.1%} ± {evaluation['win_rate_se']:.1%}"
-    run.write_results(**evaluation)
-    for pair in list(zip(reference_samples, samples))[:5]:
-        prompt = pair[0]["prompt"]
-        print(f"\n{prompt[-300:] if isinstance(prompt, str) else prompt[-1]['content'][-300:]}")
-        for who, sample in zip(("reference", "trained"), pair):
-            reward = f"{sample['reward']:+.2f} " if "reward" in sample else ""
-            print(f"  {who:9} {reward}|{sample['completion'][:400]}")
-    print(f"\n{len(samples)} held-out prompts, one sample each:")
-    print_table([["policy", "reward", "KL, nats", "win rate", "ended", "of the optimum"], before, after])
-    print(f"saved to {run.dir}")
-
-
-def mean_and_se(values: torch.Tensor) -> tuple[float, float]:
-    values = values.double()
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
-
-
-def print_table(rows: list[list]) -> None:
-    """Rows of cells, the first one the header."""
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for first, *others in cells:
-        print("  ".join([f"  {first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))]))
-
-
-def progress_bar(name: str, start: int, total: int) -> tqdm:
-    interval = 0.5 if sys.stdout.isatty() else 10
-    return tqdm(range(start, total), initial=start, total=total, desc=name, file=sys.stdout, mininterval=interval)
-
-
-# -------------------------------------------------------------------------------------------------------- run directory
-
-
-class Run:
-    """--output-dir: args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/. A run killed at any moment and
-    started again with --resume writes what the uninterrupted run would have written."""
-
-    def __init__(self, args):
-        self.args, self.dir, self.started = args, Path(args.output_dir), time.time()
-        self.checkpoint, self.files, self.tensorboard = self.dir / "checkpoint" / "state.pt", {}, None
-        try:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            (self.dir / "metrics.jsonl").touch()
-        except OSError as error:
-            raise UserError(f"--output-dir {self.dir}: {error.strerror}: choose a directory that can be written")
-        if args.resume and self.checkpoint.exists():
-            before = json.loads((self.dir / "args.json").read_text())
-            for name, value in asdict(args).items():
-                free = ("resume", "device", "tensorboard", "output_dir", "micro_batch_size", "gradient_checkpointing",
-                        "replicas", "reward_timeout")  # what an error line may ask to change
-                if name not in free and before.get(name, value) != value:
-                    raise UserError(f"--resume: {self.dir} was started with --{name.replace('_', '-')} {before[name]}, "
-                                    f"now it is {value}: give the same flags, or another --output-dir")
-        if args.tensorboard and world()[0] == 0:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: that package is not installed: pip install tensorboard")
-            self.tensorboard = SummaryWriter(self.dir)
-
-    def start(self, model, optimizer) -> tuple[int, dict]:
-        """-> (updates done, the `memory` given to save_checkpoint), with model, optimizer, random states and files as
-        they were then; (0, {}) at the beginning. Only here is an earlier run in the same directory cleared away."""
-        state, first = {"step": 0, "memory": {}, "lengths": {"metrics": 0, "samples": 0}}, world()[0] == 0
-        if self.args.resume and self.checkpoint.exists():
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=world()[1] > 1)
-            model.load_state_dict({name: own_part(state["model"][name], x) for name, x in model.state_dict().items()})
-            moments = state["optimizer"].get("state", {})  # of the parameters that have been updated, by number
-            for number, parameter in enumerate(model.parameters()):
-                if number in moments:
-                    moments[number] = {name: own_part(x, parameter) for name, x in moments[number].items()}
-            optimizer.load_state_dict(state["optimizer"])
-            set_random_state(state["random"])
-            print(f"resuming {self.dir} after update {state['step']}", flush=True)
-        elif first:
-            self.checkpoint.unlink(missing_ok=True)
-            (self.dir / "results.json").unlink(missing_ok=True)
-            write_atomically(self.dir / "args.json", json.dumps(asdict(self.args), indent=1).encode())
-        for name, length in state["lengths"].items():
-            self.files[name] = open(self.dir / f"{name}.jsonl" if first else os.devnull, "ab")
-            self.files[name].truncate(length) if first else None
-        return state["step"], state["memory"]
-
-    def log(self, step: int, **metrics) -> None:
-        self.write("metrics", {"step": step, **metrics})
-        for name, value in metrics.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(name, value, step)
-
-    def write(self, name: str, *rows: dict) -> None:
-        self.files[name].write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        self.files[name].flush()
-
-    def save_checkpoint(self, step: int, model, optimizer, memory: dict) -> None:
-        weights, moments = whole(in_parts(model).state_dict()), whole(optimizer.state_dict())
-        state = {"step": step, "memory": memory, "model": weights, "optimizer": moments, "random": random_state(),
-                 "lengths": {name: file.tell() for name, file in self.files.items()}}
-        write_atomically(self.checkpoint, lambda file: torch.save(state, file))
-
-    def write_results(self, **results) -> None:
-        results["seconds"] = time.time() - self.started
-        write_atomically(self.dir / "results.json", json.dumps(results, indent=1).encode())
-
-    def check_finite(self, step: int, loss: float, grad_norm: float, rows: list[int]) -> None:
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            saved = f"last good checkpoint: {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
-            raise UserError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}, training rows {rows[:8]} ...; "
-                            f"{saved}: lower --learning-rate")
-
-
-def random_state() -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
-
-
-def set_random_state(state: list[torch.Tensor]) -> None:
-    torch.set_rng_state(state[0].clone())
-    if len(state) > 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[1])
-
-
-def write_atomically(path: Path, data) -> None:
-    """Bytes, or what writes them into a file: it is there whole or not at all, after a power cut too. Of many processes
-    the first writes."""
-    if world()[0] > 0:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        try:
-            data(file) if callable(data) else file.write(data)
-        except RuntimeError as error:  # what torch.save calls a full disk
-            raise OSError(f"{path}: {error}")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+class Decoder:
+    """A token per row and step into a cache, which stays where it is in memory unless a layer has
+    a sliding window."""
+
+    def __init__(self, model, end: int):
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.in_place = all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        if self.in_place:
+            self.cache = StaticCache(config=model.config, max_cache_len=end)
+
+    def prefill(self, ids, mask):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                         cache=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def step(self, token, mask, column: int):
+        """token [B], mask [B, end] up to the token's column -> logits [B, V]."""
+        positions = mask.sum(1, keepdim=True) - 1
+        # A 2-D mask is read by the host, for every token; a 4-D one is used as it is.
+        mask = mask[:, None, None].bool() if self.in_place else mask[:, :column + 1]
+        out = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions,
+                         cache=self.cache, use_cache=True)
+        return out.logits[:, -1]

@@ -1,199 +1,261 @@
-"""Any number of policies side by side: reward, KL to the reference, win rate, length, diversity, and an Elo table.
+"""Policies side by side: reward, KL to the reference, win rate, length, diversity, Elo ratings.
 
-Each policy answers the same held-out prompts, once. Against the reference's own answers, prompt by prompt,
+Each policy completes the same held-out prompts, once. Against the reference's own completions,
+prompt by prompt,
 
-    win rate = mean_n mu_n,    mu_n = 1 where the policy's answer is better, 1/2 where neither is, else 0          (1)
-    KL       = mean_n [ log pi(y_n | x_n) - log pi_ref(y_n | x_n) ],    y_n ~ pi(. | x_n)                           (2)
+    win rate = mean_n mu_n,   mu_n = 1 where the policy's is better, 1/2 for a tie, else 0       (1)
+    KL       = mean_n [ log pi(y_n | x_n) - log pi_ref(y_n | x_n) ],   y_n ~ pi(. | x_n)         (2)
 
-and in a round robin every pair of policies battles on every prompt. With p_ij = sigma(r_i - r_j) (Bradley & Terry 1952)
-the ratings r maximise
+and every pair of policies is compared on every prompt. With p_ij = sigma(r_i - r_j) (Bradley &
+Terry 1952) the rewards r of the policies, with mean 0, maximise
 
-    sum_n  mu_n log p_ij + (1 - mu_n) log p_ji,      Elo = 1000 + (400 / ln 10) r,  mean of r 0                     (3)
+    sum_n  mu_n log p_ij + (1 - mu_n) log p_ji,       Elo = 1000 + (400 / ln 10) r               (3)
 
-which is what bt_bandit.py does, in a few lines for a few players. The intervals are for another draw of prompts:
-battles on one prompt share answers, so scores are added up by prompt before they enter the sandwich (Liang & Zeger
-1986). The command that this script prints at its end fits the same battles.jsonl, as independent ones: the ratings are
-the same, the intervals are not.
+The intervals are for another draw of prompts: battles on one prompt share completions, so scores
+are added up by prompt before they enter the sandwich (Liang & Zeger 1986). bt_arena.py fits the
+same battles.jsonl as independent ones: its ratings are the same, its intervals are not.
 
-    python evaluate.py                                                   # tiny-base against tiny-sft
-    python evaluate.py --models runs/dpo runs/ppo_rlhf runs/grpo --names DPO PPO GRPO --reward-model assets/tiny-rm
-    python evaluate.py --models runs/dpo runs/best_of_n/best.jsonl       # a file of answers is a policy too
-    python evaluate.py --models a b --reference c --dataset prompts.jsonl --judge-fn my_judge.py:judge
+    python evaluate.py                                   # tiny-base against tiny-sft
+    python evaluate.py --models runs/dpo runs/grpo --names DPO GRPO
+    python evaluate.py --models runs/dpo runs/best_of_n/best.jsonl   # a file of completions
+    python evaluate.py --models a b --reference c --dataset prompts.jsonl \\
+        --judge-fn my_judge.py:judge
 
-A judge is a Python function of pairs, f(prompts, completions_a, completions_b, **columns) -> list with 1 where a is
-better, 0 where b is, 0.5 where neither: it then decides (1) and (3) instead of the reward. Which policy is its a
-changes from prompt to prompt. distinct-n is the share of different n-grams of words among all that a policy wrote
-(after Li et al. 2016, who divide by words). Policies of reward_conditioning.py are asked for their best: their
-tokenizer knows the prefix.
+A judge is a function f(prompts, completions_a, completions_b, **columns) that returns 1 where a is
+better, 0 where b is, 0.5 for a tie. It decides (1) and (3) instead of the reward. In every other
+pair the sides are swapped. distinct-n is the share of different n-grams of words among all that a
+policy wrote (Li et al. 2016 divide by words). Lengths are in the reference's tokens.
 """
 
+import gc
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from itertools import combinations
+from numbers import Real
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar, Literal
 
 import torch
 
-from common import (ASSETS, Run, UserError, as_answer, column, encode_continuation, encode_prompt, generate,
-                    load_function, load_model, load_rows, load_tokenizer, make_row, max_row_length, mean_and_se,
-                    optimal_gain, print_table, progress_bar, prompts_that_fit, reward_from_function, reward_from_model,
-                    run_script, sequence_logprobs, shard, write_atomically)
+from common import (
+    UserError, all_reduce, encode_continuation, encode_prompt, generate, load_model,
+    load_tokenizer, make_row, rank, sequence_logprobs, shard
+)
+from harness import (
+    ASSETS, FILES, GOLD, Count, Limits, Positive, Run, RunArgs, Skip, as_turn, call_user, column,
+    columns_of, encode_examples, load_function, load_reward, load_rows, mean_and_se, optimal_gain,
+    print_table, progress_bar, run_script, tools_of, wins, with_se, write_atomically
+)
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     models: list[str] = field(default_factory=lambda: [str(ASSETS / "tiny-base")])
-    """policies: Hub ids or directories, or .jsonl files of their answers (prompt, completion)"""
+    """policies: Hub ids, directories, or files of their completions (`prompt`, `completion`)"""
     names: list[str] = field(default_factory=list)
-    """what the tables call them; default: the last part of each path"""
+    """names of the policies in the tables; default: the last part of each path"""
     reference: str = str(ASSETS / "tiny-sft")
-    """Hub id or directory of the policy that the others are held against; it battles along"""
+    """Hub id or directory of the policy that the others are compared with"""
     dataset: str = str(ASSETS / "data" / "review_prompts_heldout.jsonl")
-    """held-out prompts: Hub id, id:config, or a local .jsonl/.json/.csv/.parquet file or directory"""
+    """prompts: Hub id, id:config, or a local .jsonl, .json, .csv or .parquet file or directory"""
     split: str = "train[:500]"
-    """split of --dataset, or a part of it"""
+    """split of --dataset, or a part of it such as train[:1000]"""
     reward_fn: str | None = None
-    """FILE.py:function that judges; default on the embedded data: assets/rewards.py:sentiment"""
+    """FILE.py:function that judges completions; embedded data: the true reward"""
     reward_model: str | None = None
-    """a sequence-classification model with one label: judges, or, beside --reward-fn, is reported as proxy reward"""
+    """sequence-classification model with one label that judges, or is the proxy of --reward-fn"""
     judge_fn: str | None = None
     """FILE.py:function that compares pairs of completions, instead of the reward"""
+    max_new_tokens: Count = 64
+    """tokens per completion"""
+    temperature: Positive = 1.0
+    """temperature of the completions, and of all log-probabilities"""
+    save_every: Count = 1
+    """policies between checkpoints"""
     output_dir: str = "runs/evaluate"
-    """battles.jsonl, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
-    micro_batch_size: int | None = None
-    """completions a forward pass; default: as many as fit into 4,096 padded tokens"""
-    max_length: int | None = None
-    """tokens of prompt and completion; default: 1,024 or the reference's window"""
-    max_new_tokens: int = 64
-    """of a completion"""
-    temperature: float = 1.0
-    """of the samples, and of all log-probabilities"""
-    resume: bool = False
-    """go on after the last policy that is done in --output-dir"""
-    seed: int = 0
-    """of sampling"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ..."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs"""
-    replicas: int = 1
-    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
-    chat_template: str | None = None
-    """Jinja file to use instead of the tokenizers' templates"""
-
-    tensorboard: ClassVar = False  # there is no curve
 
 
-# ------------------------------------------------------------------------------------------------------------- policies
+# --- prompts and policies ---
+
+
+def load_prompts(args: Args, model, tokenizer) -> list[tuple[dict, list[int]]]:
+    """-> [(example, prompt ids)], different prompts that leave room for --max-new-tokens."""
+    seen = set()
+
+    def encode(example):
+        example["prompt"] = column(example, "prompt")
+        ids = encode_prompt(tokenizer, example["prompt"], tools_of(example))
+        if tuple(ids) in seen:
+            raise Skip("an earlier row has the same prompt")
+        seen.add(tuple(ids))
+        return [make_row(ids, [])]
+
+    examples = load_rows(args.dataset, args.split)
+    encoded = encode_examples(examples, encode, Limits.of(args, model), args.max_new_tokens)
+    return [(example, row.ids) for example, (row,) in encoded]
+
+
+@dataclass
+class Policy:
+    model: object
+    tokenizer: object
+
+
+def load_policy(name: str, args: Args) -> Policy:
+    gc.collect()  # the policy before: FSDP's modules refer to each other
+    tokenizer = load_tokenizer(name, args.chat_template)
+    return Policy(shard(load_model(name, args.device, args.dtype), args), tokenizer)
 
 
 def policy_names(args: Args) -> list[str]:
     """The reference's first."""
     if args.names and len(args.names) != len(args.models):
-        raise UserError(f"--names: {len(args.names)} for {len(args.models)} models: give one for each")
-    names = [Path(args.reference).name, *(args.names or [Path(model).name for model in args.models])]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--models: two policies are called {name!r}: tell them apart with --names")
+        raise UserError(f"--names: {len(args.names)} for {len(args.models)} models: give one each")
+    names = args.names or [Path(model).name for model in args.models]
+    names = [Path(args.reference).name, *names]
+    if len(set(names)) < len(names):
+        raise UserError(f"two policies have the same name ({', '.join(names)}): give --names")
     return names
 
 
-def read_answers(path: str, rows: list[dict]) -> list[str]:
-    """A file of answers -> that to each row's prompt."""
-    answers = {}
-    for number, row in enumerate(load_rows(path), 1):
-        try:
-            completion = column(row, "completion")
-            completion = completion if isinstance(completion, str) else completion[-1]["content"]
-            answers[str(column(row, "prompt"))] = completion
-        except UserError as error:
-            raise UserError(f"{path}, row {number}: {error}")
+def read_completions(path: str, examples) -> list[dict]:
+    """A file of completions -> samples, the first completion of each example's prompt."""
+    found, rows = {}, load_rows(path, flag="--models")
     for row in rows:
-        if str(row["prompt"]) not in answers:
-            raise UserError(f"--models {path}: no answer to the prompt {str(row['prompt'])[:80]!r}: write one, or "
-                            "leave it out of --dataset")
-    return [answers[str(row["prompt"])] for row in rows]
+        try:
+            prompt, completion = column(row, "prompt"), column(row, "completion")
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}")
+        if not isinstance(completion, str):
+            completion = completion[-1]["content"]
+        found.setdefault(str(prompt), completion)
+    skipped = len(rows) - len(found)
+    if skipped:
+        print(f"{path}: {skipped} rows skipped: an earlier row has the same prompt")
+    prompts = [example["prompt"] for example in examples]
+    for prompt in prompts:
+        if str(prompt) not in found:
+            raise UserError(f"--models {path}: no completion of {str(prompt)[:80]!r}: add one")
+    return [{"prompt": prompt, "completion": found[str(prompt)]} for prompt in prompts]
 
 
-def sample_policy(name: str, rows, reference, ref_tokenizer, args: Args, seed: int):
-    """-> samples, one a prompt, and their log pi(y | x) - log pi_ref(y | x), None where that is not known: of a policy
-    that is a file, or one whose tokens are not the reference's."""
-    prompts = [row["prompt"] for row in rows]
-    if name.endswith(".jsonl"):
-        return [{"prompt": p, "completion": c} for p, c in zip(prompts, read_answers(name, rows))], None
-    tokenizer = load_tokenizer(name, args.chat_template)
-    model = shard(load_model(name, args.device, args.dtype), args)
-    longest, room = max(len(encode_prompt(tokenizer, p)) for p in prompts), max_row_length(model, args.max_length)
+def sample_policy(source: str, reference: Policy, prompts, args: Args, step: int):
+    """-> samples, one per prompt, and log pi(y | x) - log pi_ref(y | x), [n]; None where the
+    policy's tokens are not the reference's."""
+    policy = reference if source == args.reference else load_policy(source, args)
+    own_ids = [encode_prompt(policy.tokenizer, example["prompt"], tools_of(example))
+               for example, _ in prompts]
+    longest, room = max(map(len, own_ids)), Limits.of(args, policy.model).max_length
     if longest + args.max_new_tokens > room:
-        raise UserError(f"--models {name}: has room for {room} tokens, the longest prompt takes {longest}: lower "
-                        "--max-new-tokens, or shorten the prompts")
-    torch.manual_seed(seed)
-    rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, args.temperature)
-    samples = [{"prompt": p, "completion": c, "ended": e}
-               for p, c, e in zip(prompts, rollout.completions, rollout.ended.tolist())]
-    if tokenizer.get_vocab() != ref_tokenizer.get_vocab():
+        raise UserError(f"--models {source}: its longest prompt has {longest} tokens, and it has "
+                        f"room for {room}: lower --max-new-tokens, or leave long prompts out")
+    torch.manual_seed(args.seed + 1000 * step)
+    rollout = generate(policy.model, policy.tokenizer, own_ids, 1, args.max_new_tokens,
+                       args.temperature)
+    samples = []
+    for (example, _), text, ended in zip(prompts, rollout.completions, rollout.ended.tolist()):
+        samples.append({"prompt": example["prompt"], "completion": text, "ended": ended})
+    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return samples, None
-    ref_rows = [make_row(encode_prompt(ref_tokenizer, p), ids[mask.index(1):])
-                for p, (ids, mask) in zip(prompts, rollout.rows)]
-    log_ratios = (sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
-                  - sequence_logprobs(reference, ref_rows, args.micro_batch_size, args.temperature))
-    return samples, log_ratios.tolist()
+    ref_rows = []  # with the reference's own prompts: a policy's may begin with a label
+    for (_, ids), row in zip(prompts, rollout.rows):
+        ref_rows.append(make_row(ids, row.ids[row.mask.index(1):]))
+    settings = args.micro_batch_size, args.temperature
+    logps = sequence_logprobs(policy.model, rollout.rows, *settings)
+    return samples, logps - sequence_logprobs(reference.model, ref_rows, *settings)
 
 
-# ------------------------------------------------------------------------------------------------------------- measures
+# --- measures ---
 
 
 def distinct_n(texts: list[str], n: int) -> float:
     """Different n-grams of words / all n-grams of words."""
-    grams = [tuple(words[t:t + n]) for words in map(str.split, texts) for t in range(len(words) - n + 1)]
+    grams = []
+    for words in map(str.split, texts):
+        grams += [tuple(words[t:t + n]) for t in range(len(words) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
 
-def outcomes_by_reward(rewards_a: torch.Tensor, rewards_b: torch.Tensor) -> torch.Tensor:
-    """mu of (1): 1 where a has more, 0.5 where they tie."""
-    return (rewards_a > rewards_b).double() + 0.5 * (rewards_a == rewards_b)
+def measure(samples, log_ratios, examples, rewards: dict, tokenizer) -> dict:
+    """What needs no other policy. Each sample gets its rewards, by their names."""
+    texts = [sample["completion"] for sample in samples]
+    completion_ids = [encode_continuation(tokenizer, text) for text in texts]
+    metrics = {"length": sum(map(len, completion_ids)) / len(texts)}
+    for n in (1, 2):
+        metrics[f"distinct_{n}"] = distinct_n(texts, n)
+    if "ended" in samples[0]:
+        metrics["ended"] = sum(sample["ended"] for sample in samples) / len(samples)
+    if log_ratios is not None:
+        metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
+    for name, reward in rewards.items():
+        if not reward:
+            continue
+        values = reward(examples, texts, completion_ids)
+        metrics[name], metrics[f"{name}_se"] = mean_and_se(values)
+        for sample, value in zip(samples, values.tolist()):
+            sample[name] = value
+    return metrics
 
 
-def outcomes_by_judge(spec: str, function, rows, completions_a, completions_b) -> torch.Tensor:
-    """mu of (1) by a Python function of pairs. Every other pair is turned round: many judges like one side."""
-    turned = [n % 2 == 1 for n in range(len(rows))]
-    prompts = [row["prompt"] for row in rows]
-    sides = [(b, a) if turn else (a, b) for a, b, turn in zip(completions_a, completions_b, turned)]
-    a, b = ([as_answer(p, pair[side]) for p, pair in zip(prompts, sides)] for side in (0, 1))
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
-    try:
-        outcomes = [float(mu) for mu in function(prompts=prompts, completions_a=a, completions_b=b, **columns)]
-    except Exception as error:  # a judge raises what it likes
-        raise UserError(f"--judge-fn {spec} raised {type(error).__name__}: {error}: mend the function")
-    if len(outcomes) != len(rows):
-        raise UserError(f"--judge-fn {spec} returned {len(outcomes)} outcomes for {len(rows)} pairs: return one each")
-    for prompt, mu in zip(prompts, outcomes):
-        if mu not in (0.0, 0.5, 1.0):
-            raise UserError(f"--judge-fn {spec} returned {mu} for prompt {str(prompt)[:80]!r}: return 1 where a is "
-                            "better, 0 where b is, 0.5 where neither")
-    return torch.tensor([1 - mu if turn else mu for mu, turn in zip(outcomes, turned)], dtype=torch.float64)
+def outcomes_by_judge(args: Args, judge, examples, completions_a, completions_b):
+    """mu of (1) by --judge-fn, [n]. In every other pair the sides are swapped: many judges
+    favour one side. The first process calls it."""
+    mu = torch.zeros(len(examples), dtype=torch.float64)
+    if rank() > 0:
+        return all_reduce(mu)
+    prompts = [example["prompt"] for example in examples]
+    a = [as_turn(prompt, text) for prompt, text in zip(prompts, completions_a)]
+    b = [as_turn(prompt, text) for prompt, text in zip(prompts, completions_b)]
+    a[1::2], b[1::2] = b[1::2], a[1::2]
+    arguments = columns_of(examples) | dict(prompts=prompts, completions_a=a, completions_b=b)
+    values = call_user("--judge-fn", args.judge_fn, judge, arguments, args.reward_timeout)
+    returned = f"--judge-fn {args.judge_fn} returned"
+    if len(values) != len(mu):
+        raise UserError(f"{returned} {len(values)} numbers for {len(mu)} pairs: return one each")
+    for n, value in enumerate(values):
+        if not isinstance(value, Real) or value not in (0, 0.5, 1):
+            raise UserError(f"{returned} {value!r} for {examples[n].where}: return 1 where a is "
+                            "better, 0 where b is, 0.5 for a tie")
+        mu[n] = value if n % 2 == 0 else 1 - value
+    return all_reduce(mu)
+
+
+def battle(names: list[str], samples: dict, examples, args: Args, judge):
+    """Every pair of policies on every prompt -> i, j, mu, prompt, [battles] each."""
+    judged_by = "completion" if judge else "reward"
+    values = {name: [sample[judged_by] for sample in samples[name]] for name in names}
+    pairs, mu = list(combinations(range(len(names)), 2)), []
+    for i, j in pairs:
+        a, b = values[names[i]], values[names[j]]
+        if judge:
+            mu.append(outcomes_by_judge(args, judge, examples, a, b))
+        else:
+            mu.append(wins(torch.tensor(a), torch.tensor(b)))
+    first, second = torch.tensor(pairs).T.repeat_interleave(len(examples), 1)
+    return first, second, torch.cat(mu), torch.arange(len(examples)).repeat(len(pairs))
 
 
 def fit_elo(i, j, mu, prompt, num_players: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Equation (3): players i, j [N], outcomes mu [N], prompts [N] -> rewards r [K] with mean 0, nats, and their
-    covariance [K, K], robust to battles on one prompt being alike. None where no finite maximum exists: unless each
-    player can be reached from each other along edges winner -> loser, a tie being one both ways (Ford 1957)."""
+    """Equation (3): players i, j, outcomes mu, prompts, [N] each -> rewards r [K] (nats, mean 0)
+    and their covariance [K, K], robust to battles on one prompt being alike.
+
+    None where no finite maximum exists: unless each player can be reached from each other
+    along edges winner -> loser, a tie being one both ways (Ford 1957).
+    """
     one_hot = torch.eye(num_players, dtype=torch.float64)
-    X = one_hot[i] - one_hot[j]  # [N, K]
-    beats = torch.zeros(num_players, num_players, dtype=torch.bool)
-    beats[i[mu > 0], j[mu > 0]] = True
-    beats[j[mu < 1], i[mu < 1]] = True
+    X, reaches = one_hot[i] - one_hot[j], one_hot.bool()  # [N, K], [K, K]
+    reaches[i[mu > 0], j[mu > 0]] = True
+    reaches[j[mu < 1], i[mu < 1]] = True
     for k in range(num_players):  # Warshall
-        beats |= beats[:, k:k + 1] & beats[k]
-    if not (beats | one_hot.bool()).all():
+        reaches |= reaches[:, k:k + 1] & reaches[k]
+    if not reaches.all():
         return None
     rewards = torch.zeros(num_players, dtype=torch.float64)
-    for _ in range(200):  # about 6 are needed: at 0 the curvature is largest, and steps from there fall short
+    for _ in range(200):  # Newton: about 6; at 0 the curvature is largest, so steps fall short
         p = torch.sigmoid(X @ rewards)
-        hessian = X.T @ (X * (p * (1 - p))[:, None]) + 1 / num_players  # the last term fixes the sum, unseen by X
+        hessian = X.T @ (X * (p * (1 - p))[:, None])
+        hessian += 1 / num_players  # fixes the sum, which X does not see
         step = torch.linalg.solve(hessian, X.T @ (mu - p))
         rewards = rewards + step
         if step.abs().max() < 1e-11:
@@ -204,124 +266,104 @@ def fit_elo(i, j, mu, prompt, num_players: int) -> tuple[torch.Tensor, torch.Ten
     return rewards, inverse @ (scores.T @ scores) @ inverse
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# --- report ---
 
 
-def measure(samples: list[dict], log_ratios, ref_samples, rows, proxy, ref_tokenizer, args: Args) -> dict:
-    """What one policy's samples say, but for what needs pairs. Samples get their `reward`."""
-    texts = [sample["completion"] for sample in samples]
-    inputs = [row["prompt"] for row in rows], texts, rows
-    lengths = torch.tensor([len(encode_continuation(ref_tokenizer, text)) for text in texts])
-    metrics = {"length": lengths.double().mean().item()} | {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
-    if "ended" in samples[0]:
-        metrics["ended"] = sum(sample["ended"] for sample in samples) / len(samples)
-    if log_ratios is not None:
-        metrics["kl"], metrics["kl_se"] = mean_and_se(torch.tensor(log_ratios))
-    if args.reward_fn:
-        rewards = reward_from_function(args.reward_fn)(*inputs)
-        if proxy:
-            metrics["proxy_reward"], metrics["proxy_reward_se"] = mean_and_se(proxy(*inputs))
-    elif proxy:
-        rewards = proxy(*inputs)
-    else:
-        return metrics
-    for sample, reward in zip(samples, rewards.tolist()):
-        sample["reward"] = reward
-    metrics["reward"], metrics["reward_se"] = mean_and_se(rewards)
-    known_for = SimpleNamespace(model=args.reference, reward_fn=args.reward_fn, temperature=args.temperature)
-    optimum = optimal_gain(known_for, metrics["kl"]) if "kl" in metrics and ref_samples else None
-    if optimum:
-        ref_reward = sum(sample["reward"] for sample in ref_samples) / len(ref_samples)
-        metrics["share_of_optimum"] = (metrics["reward"] - ref_reward) / optimum
-    return metrics
-
-
-def battle(names: list[str], samples: dict, rows, args: Args):
-    """Every pair of policies on every prompt -> i, j, mu, prompt, each [battles]."""
-    judge = load_function("--judge-fn", args.judge_fn) if args.judge_fn else None
-    parts = []
-    for i, j in combinations(range(len(names)), 2):
-        sides = samples[names[i]], samples[names[j]]
-        if judge:
-            mu = outcomes_by_judge(args.judge_fn, judge, rows, *([s["completion"] for s in side] for side in sides))
-        else:
-            mu = outcomes_by_reward(*(torch.tensor([s["reward"] for s in side]) for side in sides))
-        parts.append((torch.full_like(mu, i).long(), torch.full_like(mu, j).long(), mu, torch.arange(len(mu))))
-    return [torch.cat(columns) for columns in zip(*parts)]
-
-
-def finish(run, names: list[str], memory: dict, rows, args: Args) -> None:
-    """Win rates, battles.jsonl, Elo, results.json, the table."""
+def compare(run, names: list[str], memory: dict, examples, judge) -> None:
+    """Win rates, battles.jsonl, Elo ratings, results.json."""
     metrics = memory["metrics"]
-    i, j, mu, prompt = battle(names, memory["samples"], rows, args)
+    i, j, mu, prompt = battle(names, memory["samples"], examples, run.args, judge)
     metrics[names[0]]["win_rate"] = 0.5
-    for k, name in enumerate(names[1:], 1):  # the pairs with the reference come as (0, k)
-        metrics[name]["win_rate"], metrics[name]["win_rate_se"] = mean_and_se(1 - mu[(i == 0) & (j == k)])
-    winner = {1.0: "model_a", 0.0: "model_b", 0.5: "tie"}
-    lines = [{"model_a": names[a], "model_b": names[b], "winner": winner[outcome], "prompt": n}
-             for a, b, outcome, n in zip(*(column.tolist() for column in (i, j, mu, prompt)))]
-    write_atomically(run.dir / "battles.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    elo = fit_elo(i, j, mu, prompt, len(names))
-    if elo:
+    for k, name in enumerate(names[1:], 1):  # against the reference, which is i
+        win_rate = mean_and_se(1 - mu[(i == 0) & (j == k)])
+        metrics[name]["win_rate"], metrics[name]["win_rate_se"] = win_rate
+    lines, winner = [], {1.0: "model_a", 0.0: "model_b", 0.5: "tie"}
+    for a, b, outcome, n in zip(i.tolist(), j.tolist(), mu.tolist(), prompt.tolist()):
+        row = {"model_a": names[a], "model_b": names[b]}
+        row |= {"winner": winner[outcome], "prompt": n}
+        lines.append(json.dumps(row) + "\n")
+    if rank() == 0:
+        write_atomically(run.dir / "battles.jsonl", "".join(lines).encode())
+    fit = fit_elo(i, j, mu, prompt, len(names))
+    if fit:
+        rewards, covariance = fit
         points = 400 / math.log(10)
-        for name, reward, variance in zip(names, elo[0].tolist(), elo[1].diagonal().clamp(min=0).tolist()):
-            middle, half = 1000 + points * reward, 1.96 * points * variance**0.5
-            metrics[name] |= {"elo": middle, "elo_low": middle - half, "elo_high": middle + half}
-    run.write_results(policies=metrics, prompts=len(rows), battles=len(lines))
+        half = 1.96 * points * covariance.diagonal().clamp(min=0).sqrt()
+        for name, reward, width in zip(names, rewards.tolist(), half.tolist()):
+            elo = 1000 + points * reward
+            metrics[name] |= {"elo": elo, "elo_low": elo - width, "elo_high": elo + width}
+    run.write_results(policies=metrics, prompts=len(examples), battles=len(lines))
 
-    print(f"\n{len(rows)} held-out prompts, one sample each; reference: {names[0]}")
-    form = {"reward": ".2f", "proxy_reward": ".2f", "kl": ".2f", "win_rate": ".1%", "elo": ".0f",
-            "share_of_optimum": ".1%", "length": ".1f", "ended": ".1%", "distinct_1": ".3f", "distinct_2": ".3f"}
-    form = {key: value for key, value in form.items() if any(key in m for m in metrics.values())}
 
-    def cell(m, key):
-        se = f" ± {m[key + '_se']:{form[key]}}" if key + "_se" in m else ""
-        return f"{m[key]:{form[key]}}{se}" if key in m else "-"
+FORMS = {
+    "reward": ".2f", "proxy_reward": ".2f", "kl": ".2f", "win_rate": ".1%", "elo": ".0f",
+    "share_of_optimum": ".1%", "length": ".1f", "ended": ".1%",
+    "distinct_1": ".3f", "distinct_2": ".3f",
+}
 
-    table = [["policy", *(key.replace("_", " ") for key in form)]]
-    for name in sorted(names, key=lambda name: -metrics[name].get("elo", metrics[name]["win_rate"])):
-        m = metrics[name]
-        interval = f" [{m['elo_low']:.0f} {m['elo_high']:.0f}]" if "elo" in m else ""
-        table.append([name, *(cell(m, key) + interval * (key == "elo") for key in form)])
+
+def print_policies(run, metrics: dict) -> None:
+    """The table, best policy first, and how to look at the battles."""
+    shown = [name for name in FORMS if any(name in m for m in metrics.values())]
+    table = [["policy", *(name.replace("_", " ") for name in shown)]]
+    order = sorted(metrics.items(), key=lambda item: -item[1].get("elo", item[1]["win_rate"]))
+    for policy, m in order:
+        cells = {name: with_se(m, name, FORMS[name]) for name in shown}
+        if "elo" in m:
+            cells["elo"] += f" [{m['elo_low']:.0f} {m['elo_high']:.0f}]"
+        table.append([policy, *cells.values()])
     print_table(table)
-    if not elo:
-        print("no Elo: some policies won all battles against the others, so no finite ratings fit")
-    print(f"saved to {run.dir}; the battles again, with other models of ties, a bootstrap and all probabilities:\n"
-          f"  python bt_bandit.py --data {run.dir / 'battles.jsonl'}" + " --l2 0.01" * (not elo))
+    command = f"python bt_arena.py --dataset {run.dir / 'battles.jsonl'}"
+    if "elo" not in shown:
+        print("no Elo: some policies won all battles, so no finite ratings fit")
+        command += " --l2 0.01"
+    print(f"saved to {run.dir}; the battles by other models of ties:\n  {command}")
+
+
+# --- main ---
 
 
 def main(args: Args) -> None:
     names = policy_names(args)
-    if args.dataset == Args.dataset:
-        args.reward_fn = args.reward_fn or str(ASSETS / "rewards.py") + ":sentiment"
+    embedded = str(ASSETS / "data" / "review_prompts")
+    if str(Path(args.dataset).resolve()).startswith(embedded):
+        args.reward_fn = args.reward_fn or GOLD
     if not (args.reward_fn or args.reward_model or args.judge_fn):
         raise UserError("nothing judges: give a --reward-fn, a --reward-model or a --judge-fn")
     run = Run(args)
-    ref_tokenizer = load_tokenizer(args.reference, args.chat_template)
-    reference = shard(load_model(args.reference, args.device, args.dtype), args)
-    proxy = reward_from_model(args.reward_model, args) if args.reward_model else None
-    rows = load_rows(args.dataset, args.split)
-    for number, row in enumerate(rows, 1):
-        try:
-            column(row, "prompt")
-        except UserError as error:
-            raise UserError(f"{args.dataset}, row {number}: {error}")
-    rows = prompts_that_fit(rows, ref_tokenizer, args.max_new_tokens, max_row_length(reference, args.max_length))
+    reference = load_policy(args.reference, args)
+    judge = load_function("--judge-fn", args.judge_fn) if args.judge_fn else None
+    template = reference.tokenizer.chat_template
+    by_function = load_reward(args, args.reward_fn)
+    by_model = load_reward(args, None, args.reward_model, chat_template=template)
+    rewards = {"reward": by_function or by_model, "proxy_reward": by_function and by_model}
+    prompts = load_prompts(args, reference.model, reference.tokenizer)
+    examples = [example for example, _ in prompts]
+    print(f"{len(prompts)} prompts; {len(names)} policies, one completion each; reference: "
+          f"{names[0]}", flush=True)
 
-    nothing = torch.nn.Module()  # is trained
-    done, memory = run.start(nothing, nothing)
+    done, memory = run.start(None, None)  # nothing is trained
     memory = memory or {"samples": {}, "metrics": {}}
     bar = progress_bar("evaluate", done, len(names))
     for step in bar:
-        source = [args.reference, *args.models][step]
-        samples, log_ratios = sample_policy(source, rows, reference, ref_tokenizer, args, args.seed + 1000 * step)
-        ref_samples = memory["samples"].get(names[0])
-        metrics = measure(samples, log_ratios, ref_samples, rows, proxy, ref_tokenizer, args)
-        memory["samples"][names[step]], memory["metrics"][names[step]] = samples, metrics
-        run.write("metrics", {"step": step, "policy": names[step], **metrics})
-        run.write("samples", *({"policy": names[step], **sample} for sample in samples))
-        run.save_checkpoint(step + 1, nothing, nothing, memory)
-    finish(run, names, memory, rows, args)
+        name, source = names[step], [args.reference, *args.models][step]
+        if re.search(FILES, source, re.IGNORECASE):
+            samples, log_ratios = read_completions(source, examples), None
+        else:
+            samples, log_ratios = sample_policy(source, reference, prompts, args, step)
+        metrics = measure(samples, log_ratios, examples, rewards, reference.tokenizer)
+        optimum = optimal_gain(args, metrics["kl"]) if "kl" in metrics else None
+        if optimum:
+            gain = metrics["reward"] - memory["metrics"][names[0]]["reward"]
+            metrics["share_of_optimum"] = gain / optimum
+        memory["samples"][name], memory["metrics"][name] = samples, metrics
+        run.log(step, "eval", policy=name, **metrics)
+        run.write("samples", *({"policy": name, **sample} for sample in samples))
+        if (step + 1) % args.save_every == 0 or step + 1 == len(names):
+            run.save_checkpoint(step + 1, None, None, memory)
+    compare(run, names, memory, examples, judge)
+    print()
+    print_policies(run, memory["metrics"])
 
 
 if __name__ == "__main__":

@@ -1,114 +1,102 @@
-"""Expert iteration: the policy's best of n answers become its demonstrations, and again.
+"""Expert iteration: the policy's best of n completions become its demonstrations, and again.
 
-    repeat R times:    for each prompt x of the round:  y_1 ... y_n ~ pi(. | x),    y+ = argmax_i r(x, y_i)          (1)
-                       pi <- argmin over pi of the loss of sft.py on the kept pairs (x, y+), from where pi is        (2)
+    repeat R times:
+        for each prompt x of the round:  y_1 ... y_n ~ pi(. | x),  y+ = argmax_i r(x, y_i)      (1)
+        pi <- argmin over pi of the loss of sft.py on the kept pairs (x, y+)                    (2)
 
-The expert is the policy with a choice, the apprentice the policy alone (Anthony et al. 2017); STaR (Zelikman et al.
-2022) does it with a check for a reward, AlpacaFarm (Dubois et al. 2023) once, with a reward model. What (1) draws from
-is the law of best of n, best_of_n.py's equation (1), and (2) reaches at best that law: after a round the policy has the
-reward of best of n without its n samples, and the next starts from there. Nothing holds the policy to the reference but
+The expert is the policy with a choice, the apprentice the policy alone (Anthony et al. 2017). STaR
+(Zelikman et al. 2022) does it with a check as the reward, AlpacaFarm (Dubois et al. 2023) once,
+with a reward model. What (1) keeps follows the law of best of n, equation (1) of best_of_n.py,
+and (2) reaches at best that law: after a round the policy has the reward of best of n without its
+n samples, and the next round starts from there. Nothing holds the policy to the reference but
 small n and few rounds.
 
-    python expert_iteration.py                                       # chosen by tiny-rm, judged by the truth
-    python expert_iteration.py --n 16 --rounds 1                     # AlpacaFarm's
-    python expert_iteration.py --reward-fn assets/rewards.py:sentiment             # chosen by the truth itself
-    python expert_iteration.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback-prompt \\
-        --reward-model runs/reward_model --learning-rate 1e-5 --max-new-tokens 300
+    python expert_iteration.py                      # chosen by tiny-rm, judged by the true reward
+    python expert_iteration.py --samples-per-prompt 16 --rounds 1                 # AlpacaFarm's
+    python expert_iteration.py --reward-fn assets/rewards.py:sentiment     # chosen by the truth too
+    python expert_iteration.py --model Qwen/Qwen2.5-0.5B-Instruct \\
+        --dataset trl-lib/ultrafeedback-prompt --reward-model runs/reward_model \\
+        --learning-rate 1e-5 --max-new-tokens 300
 
-Deviations: each round has prompts of its own while there are enough, where STaR goes through all of them; the policy
-goes on from where it is, where STaR starts each time from the base model; a prompt whose answers all score alike
-teaches nothing, and is left out (STaR: answers that fail the check); the optimizer's moments and the
-learning rate's decay go on through all rounds.
+Deviations: each round has prompts of its own while there are enough, where STaR goes through all of
+them; (2) starts from the current policy, where STaR's starts from the base model each time; a
+prompt whose completions all score alike teaches nothing and is left out (STaR: completions that
+fail the check); the optimizer's moments and the learning rate's decay span all rounds.
 
-Data: prompts in `--prompt-column` (texts or lists of messages); every column reaches the reward function by its name.
-Expect of the first command, in 29 seconds of one processor: rounds that win 82%, 92% and 96% against the reference, at
-2.0, 3.2 and 5.1 nats.
+Expect of the first command, in 29 seconds on one core: rounds that win 82%, 92% and 96% against the
+reference, at 2.0, 3.2 and 5.1 nats.
+
+Data: prompts in `--prompt-column` (texts or lists of messages). Every further column reaches the
+reward function by its name.
 """
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Annotated
 
 import torch
 
-from common import (ASSETS, Run, UserError, batches, clip_gradients, evaluate_policy, generate, learning_rate_at,
-                    load_model, load_prompts, load_tokenizer, micro_batches, pad_rows, print_table, progress_bar,
-                    report, reward_from_function, reward_from_model, run_script, save_model, shard, summed,
-                    token_logprobs)
+from common import (
+    Row, UserError, all_reduce, clip_gradients, generate, load_model, load_reference,
+    load_tokenizer, micro_batches, pad_rows, prepare_for_training, save_model, set_learning_rate,
+    shard, token_budget, token_logprobs
+)
+from harness import (
+    ASSETS, GOLD, Count, HeldOut, Positive, Run, TrainArgs, batches, evaluate_policy, is_embedded,
+    load_prompts, load_reward, print_table, progress_bar, report, run_script, with_se
+)
 
 
 @dataclass
-class Args:
+class Args(TrainArgs):
     model: str = str(ASSETS / "tiny-sft")
     """Hub id or directory of the model to start from, which is also the reference"""
     dataset: str = str(ASSETS / "data" / "review_prompts.jsonl")
-    """Hub id, id:config, or a local .jsonl/.json/.csv/.parquet file or directory"""
+    """prompts: Hub id, id:config, or a local .jsonl, .json, .csv or .parquet file or directory"""
     split: str = "train"
-    """split of --dataset"""
+    """split of --dataset, or a part of it such as train[:1000]"""
     prompt_column: str = "prompt"
-    """column that holds the prompts"""
+    """column with the prompts"""
     eval_dataset: str | None = None
-    """held-out prompts; default: the embedded ones, or a tenth of --dataset, at most 500 rows"""
+    """held-out prompts; default: a tenth of the prompts, at most 500"""
+    eval_split: str = "test"
+    """split of --eval-dataset"""
     reward_model: str | None = None
-    """a sequence-classification model with one label that chooses; default on the embedded data, where --reward-fn is
-    not given either: assets/tiny-rm"""
+    """sequence-classification model with one label that chooses; embedded data: tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function that chooses, or, beside --reward-model, only judges what that model chose; default on the
-    embedded data: assets/rewards.py:sentiment"""
-    output_dir: str = "runs/expert_iteration"
-    """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
-    rounds: int = 3
-    """R: how often the policy learns from its own best answers"""
-    n: int = 8
-    """answers to each prompt, of which the best is kept"""
-    prompts_per_round: int = 320
-    """prompts that are answered in a round"""
-    learning_rate: float = 1e-3
-    """peak, after 10% warm-up; then linear decay to 0"""
-    batch_size: int = 32
-    """kept answers an update"""
-    micro_batch_size: int | None = None
-    """answers a forward pass; default: as many as fit into 4,096 padded tokens"""
-    epochs: float = 2.0
-    """updates a round, as passes over one answer of each prompt; over the kept ones more, where some are left out"""
-    max_steps: int | None = None
-    """updates a round, whatever --epochs says"""
-    max_length: int | None = None
-    """tokens of prompt and completion; default: 1,024 or the model's window"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    max_new_tokens: int = 64
-    """of an answer"""
-    temperature: float = 1.0
-    """of the samples, and of all log-probabilities"""
-    eval_prompts: int = 500
-    """held-out prompts that are answered after each round"""
-    save_every: int = 20
+    """FILE.py:function that chooses; beside --reward-model it only judges what that model chose"""
+    samples_per_prompt: Annotated[int, (lambda x: x >= 2, "at least 2 to choose from")] = 8
+    """completions per prompt, of which the best is kept"""
+    rounds: Count = 3
+    """how often the policy learns from its own best completions"""
+    prompts_per_round: Count = 320
+    """prompts per round"""
+    learning_rate: Positive = 1e-3
+    """peak, after 10% warm-up, before linear decay to 0; for real models about 1e-5"""
+    batch_size: Count = 32
+    """kept completions per update"""
+    epochs: Positive = 2.0
+    """updates per round, as passes over one completion of each of its prompts"""
+    max_steps: Count | None = None
+    """updates per round, whatever --epochs says"""
+    max_new_tokens: Count = 64
+    """tokens per completion"""
+    temperature: Positive = 1.0
+    """temperature of the completions, and of all log-probabilities"""
+    eval_prompts: Count = 500
+    """held-out prompts per evaluation, one after each round"""
+    save_every: Count = 20
     """updates between checkpoints"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir"""
-    seed: int = 0
-    """of data order and sampling"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ..."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    replicas: int = 1
-    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
-    chat_template: str | None = None
-    """Jinja file to use instead of the tokenizer's template"""
-    tensorboard: bool = False
-    """also write TensorBoard events"""
+    output_dir: str = "runs/expert_iteration"
 
 
-# ----------------------------------------------------------------------------------------------------- choice and loss
+# --- choice and loss ---
 
 
 def keep_best(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equation (1): rewards [P, n] -> which answer is the best [P], and whether it is better than any other [P]. Of
-    equal ones the first: samples come in no order."""
+    """Equation (1): rewards [P, n] -> which completion is the best [P], and whether it is better
+    than any other [P]. Of equal ones the first: samples come in no order."""
     return rewards.argmax(1), rewards.amax(1) > rewards.amin(1)
 
 
@@ -117,110 +105,160 @@ def sft_loss(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return -(logps * mask).sum() / mask.sum()
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# --- one round ---
 
 
-def expert_round(model, tokenizer, rows, proxy, args: Args) -> tuple[list, dict]:
-    """Equation (1) -> the rows (ids, mask) that are kept, and what the round says of itself."""
-    began = time.perf_counter()
-    answered = [row for row, _ in rows for _ in range(args.n)]
-    rollout = generate(model, tokenizer, [ids for _, ids in rows], args.n, args.max_new_tokens, args.temperature)
-    rewards = proxy([row["prompt"] for row in answered], rollout.completions, answered).view(-1, args.n)  # [P, n]
-    best, better = keep_best(rewards)
-    kept = [rollout.rows[i * args.n + best[i]] for i in better.nonzero().flatten().tolist()]
+def sample_and_choose(policy, tokenizer, prompts, reward, args: Args):
+    """Equation (1) for prompts [(example, ids)] -> the completions that are kept, as rows and where
+    their prompts stand; and what is logged of the round."""
+    began, n = time.perf_counter(), args.samples_per_prompt
+    examples = [example for example, _ in prompts for _ in range(n)]
+    prompt_ids = [ids for _, ids in prompts]
+    rollout = generate(policy, tokenizer, prompt_ids, n, args.max_new_tokens, args.temperature)
+    completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
+    rewards = reward(examples, rollout.completions, completion_ids).view(-1, n)  # [P, n]
+    best, is_better = keep_best(rewards)
+    kept = []
+    for i in is_better.nonzero().flatten().tolist():
+        at = i * n + int(best[i])
+        kept.append({"where": examples[at].where, "row": tuple(rollout.rows[at])})
     if not kept:
-        raise UserError(f"all {args.n} answers to each prompt score alike: nothing to choose from: raise --n, or use a "
-                        "finer reward")
-    seconds = time.perf_counter() - began
-    return kept, {"round_reward": rewards.mean().item(), "kept_reward": rewards.amax(1).mean().item(),
-                  "kept": len(kept) / len(rows), "round_ended": rollout.ended.float().mean().item(),
-                  "rollout_tokens_per_s": sum(len(ids) for ids, _ in rollout.rows) / seconds}
+        raise UserError(f"all {n} completions of each prompt score alike, so none is the best: "
+                        "raise --samples-per-prompt, or use a finer reward")
+    tokens = sum(len(row.ids) for row in rollout.rows)
+    return kept, {
+        "round_reward": rewards.mean().item(),
+        "kept_reward": rewards.amax(1).mean().item(),
+        "kept": len(kept) / len(prompts),
+        "round_ended": rollout.ended.float().mean().item(),
+        "rollout_tokens_per_s": tokens / (time.perf_counter() - began),
+    }
+
+
+def add_gradients(policy, rows: list[Row], args: Args) -> float:
+    """Add the gradient of equation (2) for these rows, by micro-batches -> its loss."""
+    tokens = sum(sum(mask) for _, mask in rows)
+    total = torch.zeros((), device=policy.device)
+    lengths = [len(ids) for ids, _ in rows]
+    for group in micro_batches(lengths, args.micro_batch_size, token_budget(policy)):
+        input_ids, mask = pad_rows([rows[i] for i in group])
+        logps = token_logprobs(policy, input_ids, mask, args.temperature)  # [b, T]
+        share = mask.sum().item() / tokens  # micro-batches must not change the gradient
+        loss = sft_loss(logps, mask.to(logps.device)) * share
+        loss.backward()
+        total += loss.detach()
+    return all_reduce(total).item()
+
+
+def update(policy, optimizer, kept: list[dict], args: Args, check) -> dict[str, float]:
+    """One update by equation (2) on kept completions -> what is logged of it."""
+    began = time.perf_counter()
+    rows = [Row(*completion["row"]) for completion in kept]
+    loss = add_gradients(policy, rows, args)
+    grad_norm = clip_gradients(policy, args.max_grad_norm)
+    check(loss, grad_norm, [completion["where"] for completion in kept])
+    optimizer.step()
+    optimizer.zero_grad()
+    tokens = sum(len(ids) for ids, _ in rows)
+    return {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "tokens_per_s": tokens / (time.perf_counter() - began),
+    }
+
+
+# --- main ---
+
+
+def load_rewards(args: Args, chat_template):
+    """-> the reward that chooses, and the one that judges what was chosen."""
+    gold = load_reward(args, args.reward_fn)
+    proxy = load_reward(args, None, args.reward_model, chat_template=chat_template)
+    if not (gold or proxy):
+        raise UserError("nothing chooses: give --reward-model or --reward-fn FILE.py:function")
+    return proxy or gold, gold or proxy
+
+
+def mean_reward(reward, held_out: HeldOut, samples: list[dict]) -> float:
+    examples = [example for example, _ in held_out.prompts]
+    return reward(examples, [sample["completion"] for sample in samples]).mean().item()
+
+
+def finish(run: Run, evaluation: dict, samples: list[dict], memory: dict) -> None:
+    """results.json, and a table of all rounds."""
+    before = memory["rounds"][0]
+    if "proxy_reward" in before:
+        evaluation = {**evaluation, "proxy_reward_ref": before["proxy_reward"]}
+    report(run, evaluation, samples, memory["reference_samples"])
+    table = [["round", "proxy reward", "reward", "KL, nats", "win rate"]]
+    for metrics in memory["rounds"]:
+        table.append([metrics["round"], with_se(metrics, "proxy_reward", ".2f"),
+                      with_se(metrics, "reward", ".2f"), with_se(metrics, "kl", ".2f"),
+                      with_se(metrics, "win_rate", ".1%")])
+    print()
+    print_table(table)
 
 
 def main(args: Args) -> None:
-    for name, least in {"n": 2, "rounds": 1, "prompts_per_round": 1}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
-    if args.dataset == Args.dataset:
-        args.eval_dataset = args.eval_dataset or str(ASSETS / "data" / "review_prompts_heldout.jsonl")
-        if not args.reward_fn:
-            args.reward_model = args.reward_model or str(ASSETS / "tiny-rm")
-            args.reward_fn = str(ASSETS / "rewards.py") + ":sentiment"
-    if not (args.reward_model or args.reward_fn):
-        raise UserError("nothing chooses: give a --reward-model or a --reward-fn")
+    if is_embedded(args) and not args.reward_fn:
+        args.reward_fn, args.reward_model = GOLD, args.reward_model or str(ASSETS / "tiny-rm")
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = shard(load_model(args.model, args.device, args.dtype, args.gradient_checkpointing), args)
-    gold = reward_from_function(args.reward_fn) if args.reward_fn else None
-    proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
+    policy = load_model(args.model, args.device, args.dtype)
+    policy = prepare_for_training(policy, args)
+    reference = load_reference(policy, args)
+    chooser, judge = load_rewards(args, tokenizer.chat_template)
+    prompts, eval_prompts = load_prompts(args, policy, tokenizer)
+    held_out = HeldOut(eval_prompts, judge)
+    per_round = min(args.prompts_per_round, len(prompts))
+    asked = batches(len(prompts), per_round, 1, args.rounds, args.seed)  # indices of each round
+    steps = len(batches(per_round, args.batch_size, args.epochs, args.max_steps, 0))  # per round
+    total = args.rounds * steps
+    print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {args.rounds} rounds of {steps} "
+          f"updates on the best of {per_round} x {args.samples_per_prompt} completions", flush=True)
 
-    rows, eval_rows = load_prompts(args, model, tokenizer)
-    chosen = batches(len(rows), min(args.prompts_per_round, len(rows)), 1, args.rounds, args.seed)  # for each round
-    steps = len(batches(len(chosen[0]), args.batch_size, args.epochs, args.max_steps, 0))  # of each round
-    print(f"{len(rows)} prompts, {len(eval_rows)} held out; {args.rounds} rounds of {len(chosen[0])} prompts x "
-          f"{args.n} answers, {steps} updates of {args.batch_size} each", flush=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    done, memory = run.start(policy, optimizer)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    done, memory = run.start(model, optimizer)
-
-    def evaluate(step, number):
-        evaluation, samples = evaluate_policy(
-            model, tokenizer, eval_rows, gold or proxy, memory.get("reference"), args, step
-        )
-        scores = proxy(*([sample[name] for sample in samples] for name in ("prompt", "completion")), eval_rows)
-        evaluation = {"round": number, **evaluation, "proxy_reward": scores.mean().item()}
-        run.log(step, **evaluation)
+    def evaluate(policy, step):
+        metrics, samples = evaluate_policy(policy, reference, tokenizer, held_out, args, step)
+        metrics = {"round": step // steps, **metrics}
+        if args.reward_model:
+            metrics["proxy_reward"] = mean_reward(chooser, held_out, samples)
+        run.log(step, "eval", **metrics)
         run.write("samples", *samples)
-        return evaluation, samples
+        memory["rounds"] = [*memory.get("rounds", []), metrics]
+        return metrics, samples
 
-    if "reference" not in memory:  # the policy still is the reference
-        before, memory["reference"] = evaluate(0, 0)
-        memory["rounds"] = [before]
-    shown = {}
-    bar = progress_bar("expert_iteration", done, args.rounds * steps)
+    if done == 0:
+        evaluate(policy, 0)
+        memory["reference_samples"] = held_out.reference_samples
+    held_out.reference_samples = memory["reference_samples"]
+    bar = progress_bar("expert_iteration", done, total)
     for step in bar:
         number, turn = divmod(step, steps)
         if turn == 0:
-            memory["kept"], metrics = expert_round(model, tokenizer, [rows[i] for i in chosen[number]], proxy, args)
-            run.log(step, **metrics)
-            shown["kept_reward"] = f"{metrics['kept_reward']:.2f}"
-        began, kept = time.perf_counter(), memory["kept"]
-        indices = batches(len(kept), args.batch_size, 1, steps, args.seed + number)[turn]
-        batch = [kept[i] for i in indices]
-        tokens, loss = sum(sum(mask) for _, mask in batch), torch.zeros((), device=model.device)
-        for group in micro_batches([len(ids) for ids, _ in batch], args.micro_batch_size):
-            input_ids, mask = pad_rows([batch[i] for i in group], model.device)
-            logps = token_logprobs(model, input_ids, None, mask, args.temperature)  # [b, T]
-            micro_loss = sft_loss(logps, mask) * (mask.sum() / tokens)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        loss = summed(loss).item()
-        grad_norm = clip_gradients(model, args.max_grad_norm)
-        run.check_finite(step, loss, grad_norm, indices)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step, args.rounds * steps, args.learning_rate)
-        optimizer.step()
-        optimizer.zero_grad()
+            chosen = [prompts[i] for i in asked[number]]
+            memory["kept"], metrics = sample_and_choose(policy, tokenizer, chosen, chooser, args)
+            run.log(step, "train", **metrics)
+        kept = memory["kept"]
+        plan = batches(len(kept), args.batch_size, 1, steps, args.seed + number)
+        batch = [kept[i] for i in plan[turn]]
+        set_learning_rate(optimizer, step, total, args.learning_rate)
+        metrics = update(policy, optimizer, batch, args, partial(run.check_finite, step))
+        run.log(step + 1, "train", **metrics)
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+        if turn + 1 == steps and step + 1 < total:
+            evaluate(policy, step + 1)
+        if (step + 1) % args.save_every == 0 or step + 1 == total:
+            run.save_checkpoint(step + 1, policy, optimizer, memory)
 
-        run.log(step + 1, loss=loss, grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"],
-                tokens_per_s=sum(len(ids) for ids, _ in batch) / (time.perf_counter() - began))
-        shown["loss"] = f"{loss:.3f}"
-        if turn + 1 == steps and number + 1 < args.rounds:
-            evaluation, _ = evaluate(step + 1, number + 1)
-            memory["rounds"].append(evaluation)
-            shown |= {name: f"{evaluation[name]:.2f}" for name in ("reward", "kl", "win_rate")}
-        bar.set_postfix(shown, refresh=False)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.rounds * steps:
-            run.save_checkpoint(step + 1, model, optimizer, memory)
-
-    save_model(model, tokenizer, run.dir)
-    evaluation, samples = evaluate(args.rounds * steps, args.rounds)
-    report(run, evaluation | {"proxy_reward_ref": memory["rounds"][0]["proxy_reward"]}, samples, memory["reference"])
-    print()
-    print_table([["round", "proxy reward", "reward", "KL, nats", "win rate"]] +
-                [[m["round"], m["proxy_reward"], *(f"{m[name]:{form}} ± {m[name + '_se']:{form}}" for name, form in
-                                                   (("reward", ".2f"), ("kl", ".2f"), ("win_rate", ".1%")))]
-                 for m in [*memory["rounds"], evaluation]])
+    save_model(policy, tokenizer, run.dir, args.save_dtype, args.model)
+    saved = shard(load_model(str(run.dir), args.device, args.dtype), args)
+    evaluation, samples = evaluate(saved, total)
+    finish(run, evaluation, samples, memory)
 
 
 if __name__ == "__main__":

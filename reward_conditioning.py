@@ -1,161 +1,232 @@
-"""Reward conditioning: learn from good and bad answers alike, told which is which, and ask for good ones.
+"""Reward conditioning: learn from good and bad completions alike, and ask for good ones.
 
-A label k says how good an answer is, and stands as text in front of its prompt. The policy learns the likelihood of
-every answer given its label, and is sampled given the best one: as CTRL (Keskar et al. 2019) and the decision
-transformer (Chen et al. 2021). Two kinds:
+A label k says how good a completion is, and stands as text in front of its prompt. The policy
+learns the likelihood of every completion given its label, and is sampled given the best label:
+as CTRL (Keskar et al. 2019) and the decision transformer (Chen et al. 2021). Two kinds:
 
-    --method binary    comparisons: label 2 for the chosen answer, 1 for the rejected one. Supervised learning, as in
-                       AlpacaFarm's binary reward conditioning (Dubois et al. 2023)
-    --method quark     Quark (Lu et al. 2022), in rounds. Explore: sample the policy given the best label (at first the
-                       reference), score, add to the pool. Quantise: cut the pool, sorted by reward, into K equal
-                       parts, labels 1 ... K. Learn from all parts
+    --method binary    comparisons: label 2 for the chosen completion, 1 for the rejected one.
+                       Supervised learning, as in AlpacaFarm (Dubois et al. 2023)
+    --method quark     Quark (Lu et al. 2022), in rounds. Explore: sample the policy given the
+                       best label (at first the reference), score, add to the pool. Quantise:
+                       cut the pool, sorted by reward, into K equal parts, labels 1 ... K.
+                       Learn from all parts
 
     L(theta) = E_{k, (x, y) of label k} [ sum_t  - log pi_theta(y_t | k, x, y_<t)
-                                                 + beta KL( pi_ref(. | x, y_<t) || pi_theta(. | k, x, y_<t) ) ]      (1)
+               + beta KL( pi_ref(. | x, y_<t) || pi_theta(. | k, x, y_<t) ) ]             (1)
 
-which is Quark's objective, as a mean over tokens; the KL is exact, over the vocabulary. What is reported as `kl` is of
-the policy as it is used, and in the other direction: KL( pi(. | K, x) || pi_ref(. | x) ), sampled.
+which is Quark's objective, as a mean over tokens; the KL is exact, over the vocabulary. What is
+reported as `kl` is sampled, of the policy as it is used, and in the other direction:
+KL( pi(. | K, x) || pi_ref(. | x) ).
 
-    python reward_conditioning.py                               # Quark: rewards by tiny-rm, judged by the truth
-    python reward_conditioning.py --beta 1                      # closer to the reference
-    python reward_conditioning.py --method binary               # 4,000 noisy comparisons
+    python reward_conditioning.py                      # Quark, rewards by tiny-rm
+    python reward_conditioning.py --beta 1             # closer to the reference
+    python reward_conditioning.py --method binary      # 4,000 noisy comparisons
     python reward_conditioning.py --method binary --model Qwen/Qwen2.5-0.5B-Instruct \\
-        --dataset trl-lib/ultrafeedback_binarized --prefix "Quality {label} of 2. " --learning-rate 1e-5 --batch-size 32
+        --dataset trl-lib/ultrafeedback_binarized --prefix "Quality {label} of 2. " \\
+        --learning-rate 1e-5
 
-Deviations: Quark's labels are new tokens, which then must never be sampled; here they are text, and tokenizer and model
-stay as they are. Quark explores with all prompts, here with --prompts-per-round of them; it can add an entropy bonus.
+Deviations: Quark's labels are new tokens, which then must never be sampled; here they are text,
+and the vocabulary stays as it is. Quark explores with all prompts, here with --prompts-per-round
+of them; it can add an entropy bonus.
 
-The saved model is used like any other: its tokenizer_config.json holds the best label as `prompt_prefix`, and all
-scripts here put that in front of a prompt (common.encode_prompt). With other software, write it there yourself.
+The saved model asks for the best label by itself, in any software: its tokenizer puts the label
+in front of every text, its chat template in front of what the user says first.
 
-Data: binary `prompt` + `chosen` + `rejected`; quark prompts in `--prompt-column`, and every column reaches the reward
-function by its name. Texts or lists of messages; a label goes in front of what the user says first.
+Expect of the first command a policy that wins 88% against the reference, at 4.1 nats. The first
+round learns little: the embedded model hardly reads its prompt (of the reviews that name a genre,
+14% name the prompt's; 1 in 8 is chance), and has to find out that there is a label. Hence the
+default of --prefix, the label twelve times: written once, it was not found within 400 updates.
+Binary's labels are noisier, and it wins 58% to 60% in three seeds, at 1.7 nats.
 
-Expect of the first command a policy that wins 88% against the reference, at 4.1 nats. The first round learns little:
-the embedded model hardly reads its prompt (of the reviews that name a genre, 14% name the prompt's; 1 in 8 is chance),
-and has to find out that there is a label. Hence the default of --prefix, the label twelve times: written once, it was
-not found within 400 updates. Binary's labels are noisier, and it wins 58% to 60% in three seeds, at 1.7 nats.
+Data: quark prompts in `--prompt-column` (every further column reaches the reward function by its
+name), binary `prompt` + `chosen` + `rejected`. Texts or lists of messages.
 """
 
+import copy
+import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from common import (ASSETS, Run, UserError, autocast, batches, clip_gradients, column, comparison, encode_all,
-                    encode_prompt, encode_row, evaluate_policy, generate, hold_out, last_states, learning_rate_at,
-                    load_model, load_rows, load_tokenizer, logits_of, make_row, max_row_length, micro_batches,
-                    own_prefix, pad_rows, print_table, progress_bar, prompts_that_fit, report, reward_from_function,
-                    reward_from_model, run_script, save_model, shard, stop_ids, summed, with_prefix)
+from common import (
+    Row, UserError, adapters_off, clip_gradients, encode, encode_prompt, encode_row, generate,
+    load_model, load_reference, load_tokenizer, logits_at, make_row, mean_over_batch, micro_batches,
+    pad_rows, prepare_for_training, save_model, send, set_learning_rate, shard, stop_ids,
+    token_budget
+)
+from harness import (
+    ASSETS, GOLD, Count, HeldOut, Limits, NonNegative, Positive, Run, TrainArgs, batches, column,
+    comparison, different_prompts, evaluate_policy, load_examples, load_reward, progress_bar,
+    report, run_script, tools_of
+)
 
 
 @dataclass
-class Args:
+class Args(TrainArgs):
     model: str = str(ASSETS / "tiny-sft")
     """Hub id or directory of the model to start from, which is also the reference"""
     method: Literal["quark", "binary"] = "quark"
-    """quark: quantiles of the reward of own samples, in rounds; binary: chosen and rejected of comparisons"""
+    """quark: quantiles of the reward of own completions; binary: chosen and rejected"""
     dataset: str | None = None
-    """Hub id, id:config, or a local .jsonl/.json/.csv/.parquet file or directory; default: the embedded prompts (quark)
-    or comparisons (binary)"""
+    """prompts (binary: comparisons): Hub id, id:config, or a local file or directory"""
     split: str = "train"
-    """split of --dataset"""
+    """split of --dataset, or a part of it such as train[:1000]"""
     prompt_column: str = "prompt"
-    """column that holds the prompts"""
+    """column with the prompts"""
     eval_dataset: str | None = None
-    """held-out prompts; default: the embedded ones, or a tenth of --dataset, at most 500 rows"""
+    """held-out data of the same kind; default: that of a tenth of the prompts, at most 500"""
+    eval_split: str = "test"
+    """split of --eval-dataset"""
     reward_model: str | None = None
-    """a sequence-classification model with one label: quark's reward; default on the embedded data, where --reward-fn
-    is not given either: assets/tiny-rm"""
+    """sequence-classification model with one label: quark's reward; embedded data: tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function: quark's reward, or, beside --reward-model, only the judge in evaluations; default on the
-    embedded data: assets/rewards.py:sentiment"""
+    """FILE.py:function: quark's reward; beside --reward-model, and for binary, only the judge"""
     prefix: str = 12 * "{label}" + " "
-    """what stands in front of the prompt, {label} the number; for a real model write "Quality {label} of 5. " """
+    """text in front of prompts, {label} the number; for real models "Quality {label} of 5. " """
+    beta: NonNegative | None = None
+    """KL coefficient: the larger, the closer to the reference; default: quark 0.2, binary 0"""
+    quantiles: Annotated[int, (lambda x: x >= 2, "at least 2")] = 5
+    """quark: number of labels"""
+    rounds: Count = 6
+    """quark: number of explorations"""
+    prompts_per_round: Count = 500
+    """quark: prompts per exploration"""
+    samples_per_prompt: Count = 2
+    """quark: completions per prompt"""
+    learning_rate: Positive | None = None
+    """peak, after 10% warm-up, before linear decay to 0; default: quark 3e-3, binary 4e-3"""
+    batch_size: Count = 32
+    """completions per update"""
+    epochs: Positive | None = None
+    """binary: passes over the completions, default 1.5; quark: over those of a round, default 1"""
+    max_steps: Count | None = None
+    """number of updates (quark: per round), whatever --epochs says"""
+    max_new_tokens: Count = 64
+    """tokens per completion"""
+    temperature: Positive = 1.0
+    """temperature of the completions, and of all log-probabilities"""
+    eval_every: Count = 50
+    """binary: updates between held-out evaluations; quark's are after each round"""
+    eval_prompts: Count = 500
+    """held-out prompts per evaluation"""
     output_dir: str = "runs/reward_conditioning"
-    """model, tokenizer, args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/"""
-    beta: float | None = None
-    """KL coefficient: the larger, the closer to the reference; default: 0.2 for quark, and 0, none, for binary"""
-    quantiles: int = 5
-    """K of quark"""
-    rounds: int = 6
-    """of quark: explorations"""
-    prompts_per_round: int = 500
-    """of quark: prompts that an exploration answers"""
-    samples: int = 2
-    """of quark: answers to each of them"""
-    learning_rate: float | None = None
-    """peak, after 10% warm-up; then linear decay to 0. Default: 3e-3 for quark, 4e-3 for binary"""
-    batch_size: int = 32
-    """answers an update"""
-    micro_batch_size: int | None = None
-    """answers a forward pass; default: as many as fit into 4,096 padded tokens"""
-    epochs: float | None = None
-    """passes over the comparisons' answers, by default 1.5; quark: updates of a round, as passes over as many answers
-    as it adds, by default 1"""
-    max_steps: int | None = None
-    """number of updates (quark: of a round), whatever --epochs says"""
-    max_length: int | None = None
-    """tokens of prompt and completion; default: 1,024 or the model's window"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    max_new_tokens: int = 64
-    """of a completion"""
-    temperature: float = 1.0
-    """of the samples, and of all log-probabilities"""
-    eval_every: int = 50
-    """updates between held-out evaluations of binary; quark's are after each round"""
-    eval_prompts: int = 500
-    """held-out prompts that an evaluation answers"""
-    save_every: int = 50
-    """updates between checkpoints"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir"""
-    seed: int = 0
-    """of data order and sampling"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ..."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward passes; auto: bfloat16 autocast on GPUs, float32 on CPUs. Master weights are float32"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    replicas: int = 1
-    """under torchrun: copies of the model, each divided among as many processes (HSDP: one a node); 1: one among all"""
-    chat_template: str | None = None
-    """Jinja file to use instead of the tokenizer's template"""
-    tensorboard: bool = False
-    """also write TensorBoard events"""
-
-    may_be_zero: ClassVar = ("beta",)
 
 
-# --------------------------------------------------------------------------------------------------------------- labels
+# --- labels ---
 
 
 def quantile_labels(rewards: torch.Tensor, quantiles: int) -> torch.Tensor:
-    """Rewards [N] -> labels 1 ... K [N], K the best: the sorted pool cut into parts of equal size (to one answer). Of
-    equal rewards at a cut, the earlier answers get the lower label, as a stable sort leaves them."""
+    """Rewards [N] -> labels 1 ... K [N], K the best: the sorted pool, cut into parts of equal size
+    (to one completion). Of equal rewards at a cut, the earlier get the lower label."""
     labels = torch.empty(len(rewards), dtype=torch.long)
-    labels[rewards.sort(stable=True).indices] = 1 + torch.arange(len(rewards)) * quantiles // len(rewards)
+    order = rewards.sort(stable=True).indices
+    labels[order] = 1 + torch.arange(len(rewards)) * quantiles // len(rewards)
     return labels
 
 
-def labelled(prompt, label, args):
-    return with_prefix(prompt, args.prefix.replace("{label}", str(label)))
+# In front of a chat template: the label's text begins what the user says first.
+CHAT_LABEL = """{%%- set i = 1 if messages[0]['role'] == 'system' else 0 -%%}
+{%%- set asked = dict(messages[i], content=%s + messages[i]['content']) -%%}
+{%%- set messages = messages[:i] + [asked] + messages[i + 1:] %%}"""
 
 
-def best_label(args) -> int:
-    return args.quantiles if args.method == "quark" else 2
+def with_label(tokenizer, text: str):
+    """A copy of the tokenizer that puts a label's text in front of every prompt, in any software
+    that reads its files. The label and a text are encoded apart: no token spans both."""
+    labelled = copy.deepcopy(tokenizer)
+    labelled.__class__ = PreTrainedTokenizerFast  # some classes write their own post-processor
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    start, end = special.index(0), len(ids) - special[::-1].index(0)
+    pieces = []
+    for name, added in (("before", ids[:start] + encode(tokenizer, text)), ("after", ids[end:])):
+        tokens = tokenizer.convert_ids_to_tokens(added)
+        pieces.append({"id": name, "ids": added, "tokens": tokens})
+    processor = TemplateProcessing(single="before $A after", special_tokens=pieces)
+    labelled.backend_tokenizer.post_processor = processor
+    if tokenizer.chat_template:
+        label = json.dumps(text, ensure_ascii=False)
+        labelled.chat_template = CHAT_LABEL % label + tokenizer.get_chat_template()
+    return labelled
 
 
-# ----------------------------------------------------------------------------------------------------------------- loss
+@dataclass
+class Models:
+    policy: torch.nn.Module
+    reference: torch.nn.Module
+    tokenizer: PreTrainedTokenizerFast  # without a label
+    labelled: dict[int, PreTrainedTokenizerFast]  # label -> a tokenizer that asks for it
 
 
-def conditioning_loss(logps: torch.Tensor, ref_logps: torch.Tensor | None, targets: torch.Tensor, beta: float):
-    """Equation (1), summed over tokens: logps, ref_logps [N, V] log-probabilities of all tokens, with and without the
-    label; targets [N] -> (loss, KL(pi_ref || pi_theta)), nats. ref_logps None: beta is 0."""
+def load_models(args: Args) -> Models:
+    tokenizer, labelled = load_tokenizer(args.model, args.chat_template), {}
+    if not tokenizer.is_fast:
+        raise UserError(f"model {args.model}: it has no tokenizer.json to put the label into")
+    best = args.quantiles if args.method == "quark" else 2
+    for label in range(1, best + 1):
+        labelled[label] = with_label(tokenizer, args.prefix.replace("{label}", str(label)))
+    policy = load_model(args.model, args.device, args.dtype)
+    policy = prepare_for_training(policy, args)
+    reference = load_reference(policy, args)
+    return Models(policy, reference, tokenizer, labelled)
+
+
+# --- data ---
+
+
+def load_data(args: Args, models: Models):
+    """-> training examples, binary's labelled completions [(example, row)], and held-out prompts
+    [(example, ids)]. Prompts must leave room for a completion behind the longest label."""
+    stops = stop_ids(models.policy, models.tokenizer)
+    longest = max(models.labelled.values(), key=lambda asking: len(encode_prompt(asking, "")))
+
+    def encode_example(example):
+        if args.method == "quark":
+            example["prompt"] = column(example, args.prompt_column)
+            return [make_row(prompt_ids(longest, example), [])]
+        prompt, chosen, rejected = comparison(example)
+        example["prompt"] = prompt
+        rows = [make_row(prompt_ids(longest, example), [])]
+        for label, completion in ((2, chosen), (1, rejected)):
+            tokenizer, tools = models.labelled[label], tools_of(example)
+            rows.append(encode_row(tokenizer, prompt, completion, stops, tools))
+        return rows
+
+    limits = Limits.of(args, models.policy)
+    train, held_out = load_examples(args, encode_example, limits, args.max_new_tokens)
+    examples = [example for example, _ in train]
+    completions = [(example, row) for example, (_, *rows) in train for row in rows]
+    held_out = [example for example, _ in different_prompts(held_out, args)]
+    eval_prompts = [(example, prompt_ids(models.tokenizer, example)) for example in held_out]
+    return examples, completions, eval_prompts
+
+
+def prompt_ids(tokenizer, example) -> list[int]:
+    return encode_prompt(tokenizer, example["prompt"], tools_of(example))
+
+
+def without_label(tokenizer, example, row: Row) -> Row:
+    """The row's completion behind the prompt as this tokenizer encodes it."""
+    ids, start = prompt_ids(tokenizer, example), row.mask.index(1)
+    return Row(ids + row.ids[start:], [0] * len(ids) + row.mask[start:])
+
+
+# --- loss ---
+
+
+def conditioning_loss(logps, ref_logps, targets, beta: float):
+    """Equation (1), summed over tokens -> (loss, KL(pi_ref || pi_theta)), nats.
+
+    logps, ref_logps [N, V]: log-probabilities of all tokens, with and without the label; targets
+    [N]: the tokens that came. ref_logps None: without the KL.
+    """
     nll = F.nll_loss(logps, targets, reduction="sum")
     if ref_logps is None:
         return nll, torch.zeros_like(nll)
@@ -163,206 +234,176 @@ def conditioning_loss(logps: torch.Tensor, ref_logps: torch.Tensor | None, targe
     return nll + beta * kl, kl.detach()
 
 
-def vocabulary_logprobs(model, rows, temperature: float):
-    """Rows (ids, mask) -> log-probabilities of the whole vocabulary where a completion's token is predicted [N, V], and
-    these tokens [N]; in the order of rows and positions, so that rows with other prompts line up."""
-    input_ids, mask = pad_rows(rows, model.device)
+def vocabulary_logprobs(model, rows: list[Row], temperature: float):
+    """-> log-probabilities of the whole vocabulary where a completion's token is predicted [N, V],
+    and these tokens [N]: in the order of rows and positions, whatever their prompts are."""
+    input_ids, mask = pad_rows(rows)
     predicts = F.pad(mask[:, 1:], (0, 1)).bool()  # a completion's token comes next
-    states, place = last_states(model, input_ids, predicts.flip(1).cumsum(1).flip(1) > 0)
-    with autocast(model):
-        logits = logits_of(model, states[place[predicts]])  # [N, V]
-    return F.log_softmax(logits.float() / temperature, -1), input_ids[:, 1:][mask[:, 1:].bool()]
+    logits = logits_at(model, input_ids, predicts)  # [N, V]
+    (targets,) = send(logits.device, input_ids[mask.bool()])
+    return F.log_softmax(logits.float() / temperature, -1), targets
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+def batch_loss(models: Models, batch, args: Args):
+    """Equation (1) for [(example, row)]. The reference reads no labels."""
+    labelled, ref_logps = [row for _, row in batch], None
+    logps, targets = vocabulary_logprobs(models.policy, labelled, args.temperature)  # [N, V], [N]
+    if args.beta:
+        plain = [without_label(models.tokenizer, example, row) for example, row in batch]
+        with torch.no_grad(), adapters_off(models.reference) as reference:
+            ref_logps, _ = vocabulary_logprobs(reference, plain, args.temperature)
+    return conditioning_loss(logps, ref_logps, targets, args.beta)
 
 
-def load_data(args: Args, model, tokenizer):
-    """-> what is learnt from, and rows with held-out prompts. Binary: answers (row with the label, row without). Quark:
-    rows of prompts."""
-    stops, max_length = stop_ids(model, tokenizer), max_row_length(model, args.max_length)
-    rows = load_rows(args.dataset, args.split)
-    rows, eval_rows = (rows, load_rows(args.eval_dataset, None)) if args.eval_dataset else hold_out(rows, args.seed)
-
-    def encode_pair(row):
-        row["prompt"], chosen, rejected = comparison(row)
-        return [encode_row(tokenizer, prompt, completion, stops)
-                for label, completion in ((2, chosen), (1, rejected))
-                for prompt in (labelled(row["prompt"], label, args), row["prompt"])]
-
-    def encode(row):
-        implicit = args.method == "binary" and row.get("prompt") is None  # what chosen and rejected share
-        row["prompt"] = comparison(row)[0] if implicit else column(row, args.prompt_column)
-        ids = encode_prompt(tokenizer, labelled(row["prompt"], best_label(args), args))
-        return [make_row(ids, [0])]  # a token in the place of the completion
-
-    eval_rows = [row for row, _ in encode_all(eval_rows, args.eval_dataset or args.dataset, encode, max_length)]
-    room = max_length - len(encode_prompt(tokenizer, labelled("", best_label(args), args)))  # beside the label
-    eval_rows = prompts_that_fit(eval_rows, tokenizer, args.max_new_tokens, room)[: args.eval_prompts]
-    if args.method == "binary":
-        encoded = encode_all(rows, args.dataset, encode_pair, max_length)
-        return [cut_alike(*both) for _, (*good, bad, same) in encoded for both in (good, (bad, same))], eval_rows
-    rows = encode_all(rows, args.dataset, encode, max_length - args.max_new_tokens + 1)
-    return [row for row, _ in rows], eval_rows
+def update(models: Models, optimizer, batch, args: Args, check) -> dict[str, float]:
+    """One update by equation (1) on [(example, row)] -> what is logged of it."""
+    began, totals = time.perf_counter(), defaultdict(float)
+    lengths = [len(row.ids) for _, row in batch]
+    targets = sum(sum(row.mask) for _, row in batch)
+    for group in micro_batches(lengths, args.micro_batch_size, token_budget(models.policy)):
+        loss, kl = batch_loss(models, [batch[i] for i in group], args)
+        (loss / targets).backward()
+        totals["loss"] += loss.detach()
+        if args.beta:
+            totals["kl_per_token"] += kl
+    metrics = mean_over_batch(totals, targets)
+    grad_norm = clip_gradients(models.policy, args.max_grad_norm)
+    check(metrics["loss"], grad_norm, [example.where for example, _ in batch])
+    optimizer.step()
+    optimizer.zero_grad()
+    return metrics | {
+        "grad_norm": grad_norm,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "tokens_per_s": sum(lengths) / (time.perf_counter() - began),
+    }
 
 
-def cut_alike(with_label, without):
-    """Where --max-length cut the completion behind a label, the same completion without it ends there too."""
-    surplus = sum(without[1]) - sum(with_label[1])
-    return with_label, tuple(values[:len(values) - surplus] for values in without)
+# --- rounds of Quark ---
 
 
-def explore(model, tokenizer, rows, label, proxy, args: Args) -> tuple[list[dict], dict]:
-    """Quark's exploration: answers of the policy given a label (None: of the reference), with their rewards."""
-    began = time.perf_counter()
-    prompts = [row["prompt"] for row in rows]
-    asked = prompts if label is None else [labelled(prompt, label, args) for prompt in prompts]
-    rollout = generate(model, tokenizer, asked, args.samples, args.max_new_tokens, args.temperature)
-    answered = [row for row in rows for _ in range(args.samples)]
-    rewards = proxy([row["prompt"] for row in answered], rollout.completions, answered)
-    answers = [{"prompt": row["prompt"], "ids": ids[mask.index(1):], "reward": reward}
-               for row, (ids, mask), reward in zip(answered, rollout.rows, rewards.tolist())]
-    tokens = sum(len(ids) for ids, _ in rollout.rows)
-    return answers, {"round_reward": rewards.mean().item(), "round_ended": rollout.ended.float().mean().item(),
-                     "rollout_tokens_per_s": tokens / (time.perf_counter() - began)}
+def explore(policy, tokenizer, examples, indices, pool: list[dict], *, reward, args: Args) -> dict:
+    """Add completions of these examples, asked for by this tokenizer, to the pool -> what is logged
+    of them."""
+    n, prompts = args.samples_per_prompt, [prompt_ids(tokenizer, examples[i]) for i in indices]
+    rollout = generate(policy, tokenizer, prompts, n, args.max_new_tokens, args.temperature)
+    indices = [i for i in indices for _ in range(n)]
+    completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
+    rewards = reward([examples[i] for i in indices], rollout.completions, completion_ids)
+    for i, ids, value in zip(indices, completion_ids, rewards.tolist()):
+        pool.append({"example": i, "completion": ids, "reward": value})
+    return {
+        "pool": len(pool),
+        "round_reward": rewards.mean().item(),
+        "round_ended": rollout.ended.float().mean().item(),
+    }
 
 
-def labelled_pool(pool: list[dict], tokenizer, args: Args) -> list[tuple]:
-    """-> (row with the label of its quantile, row without), each (ids, mask): on the ids that were sampled."""
-    labels = quantile_labels(torch.tensor([answer["reward"] for answer in pool]), args.quantiles).tolist()
-    return [tuple(make_row(encode_prompt(tokenizer, prompt), answer["ids"])
-                  for prompt in (labelled(answer["prompt"], label, args), answer["prompt"]))
-            for answer, label in zip(pool, labels)]
+def labelled_pool(pool: list[dict], examples, labelled: dict) -> list:
+    """All that was explored, each completion behind its quantile's label -> [(example, row)]."""
+    rewards, rows = torch.tensor([entry["reward"] for entry in pool]), []
+    for entry, label in zip(pool, quantile_labels(rewards, len(labelled)).tolist()):
+        example = examples[entry["example"]]
+        row = make_row(prompt_ids(labelled[label], example), entry["completion"])
+        rows.append((example, row))
+    return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+def plan_rounds(args: Args, num_examples: int) -> tuple[list[list[int]], int]:
+    """-> the indices of each round's examples, and updates per round. Binary is one round."""
+    per_round, rounds, completions = num_examples, 1, 2 * num_examples
+    if args.method == "quark":
+        per_round, rounds = min(args.prompts_per_round, num_examples), args.rounds
+        completions = per_round * args.samples_per_prompt
+    asked = batches(num_examples, per_round, 1, rounds, args.seed)
+    steps = len(batches(completions, args.batch_size, args.epochs, args.max_steps, 0))
+    print(f"{num_examples} examples; rounds: {rounds}, each adds {completions} completions and has "
+          f"{steps} updates", flush=True)
+    return asked, steps
 
 
-def check(args: Args) -> None:
-    for name, least in {"quantiles": 2, "rounds": 1, "prompts_per_round": 1, "samples": 1}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
-    defaults = {"quark": {"beta": 0.2, "epochs": 1.0, "learning_rate": 3e-3},
-                "binary": {"beta": 0.0, "epochs": 1.5, "learning_rate": 4e-3}}[args.method]
-    for name, value in defaults.items():
+# --- main ---
+
+
+def fill_defaults(args: Args) -> None:
+    """Those that depend on --method, and the embedded data's rewards."""
+    defaults = {
+        "quark": {"beta": 0.2, "epochs": 1.0, "learning_rate": 3e-3},
+        "binary": {"beta": 0.0, "epochs": 1.5, "learning_rate": 4e-3},
+    }
+    for name, value in defaults[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if "{label}" not in args.prefix:
-        raise UserError(f"--prefix {args.prefix!r}: must say where the label stands: put {{label}} into it")
     if args.dataset is None:
         name = "review_prompts" if args.method == "quark" else "comparisons"
         args.dataset = str(ASSETS / "data" / f"{name}.jsonl")
-        args.eval_dataset = args.eval_dataset or str(ASSETS / "data" / "review_prompts_heldout.jsonl")
+        args.eval_dataset = args.eval_dataset or args.dataset.replace(".jsonl", "_heldout.jsonl")
         if not args.reward_fn:
-            args.reward_model = args.reward_model or str(ASSETS / "tiny-rm")
-            args.reward_fn = str(ASSETS / "rewards.py") + ":sentiment"
+            args.reward_fn, args.reward_model = GOLD, args.reward_model or str(ASSETS / "tiny-rm")
+    if "{label}" not in args.prefix:
+        raise UserError(f"--prefix {args.prefix!r}: put {{label}} where the label stands")
     if args.method == "quark" and not (args.reward_model or args.reward_fn):
-        raise UserError("no reward: give a --reward-model or a --reward-fn")
+        raise UserError("no reward: give --reward-model or --reward-fn FILE.py:function")
 
 
 def main(args: Args) -> None:
-    check(args)
-    run = Run(args)
+    fill_defaults(args)
+    run, quark = Run(args), args.method == "quark"
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = shard(load_model(args.model, args.device, args.dtype, args.gradient_checkpointing), args)
-    reference = shard(load_model(args.model, args.device, args.dtype), args) if args.beta else None
-    gold = reward_from_function(args.reward_fn) if args.reward_fn else None
-    proxy = reward_from_model(args.reward_model, args) if args.reward_model else gold
-    data, eval_rows = load_data(args, model, tokenizer)
+    models = load_models(args)
+    policy, reference, tokenizer = models.policy, models.reference, models.tokenizer
+    best = models.labelled[len(models.labelled)]
+    gold = load_reward(args, args.reward_fn)
+    proxy = load_reward(args, None, args.reward_model, chat_template=tokenizer.chat_template)
+    examples, completions, eval_prompts = load_data(args, models)
+    eval_examples = [example for example, _ in eval_prompts]
+    held_out = HeldOut(eval_prompts, gold or proxy)
+    asked, steps = plan_rounds(args, len(examples))
+    total = len(asked) * steps
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    done, memory = run.start(policy, optimizer)
 
-    quark, rounds = args.method == "quark", args.rounds if args.method == "quark" else 1
-    if quark:
-        asked = batches(len(data), min(args.prompts_per_round, len(data)), 1, rounds, args.seed)  # in each round
-        new = len(asked[0]) * args.samples
-        steps = args.max_steps or max(1, round(args.epochs * new / args.batch_size))  # of each round
-        print(f"{len(data)} prompts, {len(eval_rows)} held out; {rounds} rounds that add {new} answers to the pool, "
-              f"{steps} updates of {args.batch_size} each", flush=True)
-    else:
-        steps = args.max_steps or max(1, round(args.epochs * len(data) / args.batch_size))
-        print(f"{len(data)} labelled answers, {len(eval_rows)} held-out prompts; {steps} updates of {args.batch_size}",
-              flush=True)
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    done, memory = run.start(model, optimizer)
-
-    def evaluate(step):
-        prefix = labelled("", best_label(args), args) if step else ""  # before any update a label means nothing
-        evaluation, samples = evaluate_policy(
-            model, tokenizer, eval_rows, gold or proxy, memory.get("reference"), args, step, prefix, reference
-        )
+    def evaluate(policy, asking, step):
+        ids = [prompt_ids(asking, example) for example in eval_examples]
+        metrics, samples = evaluate_policy(policy, reference, tokenizer, held_out, args, step, ids)
         if proxy:
             texts = [sample["completion"] for sample in samples]
-            evaluation["proxy_reward"] = proxy([row["prompt"] for row in eval_rows], texts, eval_rows).mean().item()
-        run.log(step, **evaluation)
+            metrics["proxy_reward"] = proxy(eval_examples, texts).mean().item()
+        run.log(step, "eval", **metrics)
         run.write("samples", *samples)
-        return evaluation, samples
+        return metrics, samples
 
-    if "reference" not in memory:  # the policy still is the reference
-        before, memory["reference"] = evaluate(0)
-        memory |= {"rounds": [(0, before)], "pool": []}
-    answers = data if not quark else labelled_pool(memory["pool"], tokenizer, args) if memory["pool"] else []
-    shown = {}
-    bar = progress_bar("reward_conditioning", done, rounds * steps)
+    if done == 0:
+        memory["before"], memory["reference_samples"] = evaluate(policy, tokenizer, 0)
+        memory["pool"] = []
+    held_out.reference_samples, pool = memory["reference_samples"], memory["pool"]
+    bar = progress_bar("reward_conditioning", done, total)
     for step in bar:
         number, turn = divmod(step, steps)
         if quark and turn == 0:
-            label = best_label(args) if number else None
-            explored, metrics = explore(model, tokenizer, [data[i] for i in asked[number]], label, proxy, args)
-            memory["pool"] += explored
-            answers = labelled_pool(memory["pool"], tokenizer, args)
-            run.log(step, **metrics, pool=len(answers))
-            shown["round_reward"] = f"{metrics['round_reward']:.2f}"
-        began = time.perf_counter()
-        indices = batches(len(answers), args.batch_size, 1, steps, args.seed + number)[turn]
-        batch = [answers[i] for i in indices]
-        tokens, losses = sum(sum(mask) for (_, mask), _ in batch), torch.zeros(2, device=model.device)
-        for group in micro_batches([len(ids) for (ids, _), _ in batch], args.micro_batch_size):
-            with_label, without = zip(*(batch[i] for i in group))
-            logps, targets = vocabulary_logprobs(model, with_label, args.temperature)  # [N, V], [N]
-            with torch.no_grad():
-                ref_logps = vocabulary_logprobs(reference, without, args.temperature)[0] if reference else None
-            micro_loss, micro_kl = conditioning_loss(logps, ref_logps, targets, args.beta)
-            (micro_loss / tokens).backward()
-            losses += torch.stack([micro_loss.detach(), micro_kl]) / tokens
-        loss, kl = summed(losses).tolist()
-        grad_norm = clip_gradients(model, args.max_grad_norm)
-        run.check_finite(step, loss, grad_norm, indices)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step, rounds * steps, args.learning_rate)
-        optimizer.step()
-        optimizer.zero_grad()
+            asking = best if number else tokenizer  # at first a label means nothing
+            metrics = explore(policy, asking, examples, asked[number], pool,
+                              reward=proxy or gold, args=args)
+            run.log(step, "train", **metrics)
+        if quark and (turn == 0 or step == done):
+            completions = labelled_pool(pool, examples, models.labelled)
+        order = batches(len(completions), args.batch_size, 1, steps, args.seed + number)[turn]
+        batch = [completions[i] for i in order]
+        set_learning_rate(optimizer, step, total, args.learning_rate)
+        metrics = update(models, optimizer, batch, args, partial(run.check_finite, step))
+        run.log(step + 1, "train", **metrics)
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+        is_due = (step + 1) % (steps if quark else args.eval_every) == 0
+        if is_due and step + 1 < total:
+            evaluate(policy, best, step + 1)
+        if (step + 1) % args.save_every == 0 or step + 1 == total:
+            run.save_checkpoint(step + 1, policy, optimizer, memory)
 
-        tokens_per_s = sum(len(ids) for (ids, _), _ in batch) / (time.perf_counter() - began)
-        run.log(step + 1, loss=loss, kl_per_token=kl, grad_norm=grad_norm,
-                learning_rate=optimizer.param_groups[0]["lr"], tokens_per_s=tokens_per_s)
-        shown["loss"] = f"{loss:.3f}"
-        due = turn + 1 == steps if quark else (step + 1) % args.eval_every == 0
-        if due and step + 1 < rounds * steps:
-            evaluation, _ = evaluate(step + 1)
-            memory["rounds"].append((step + 1, evaluation))
-            shown |= {name: f"{evaluation[name]:.2f}" for name in ("reward", "kl", "win_rate") if name in evaluation}
-        bar.set_postfix(shown, refresh=False)
-        if (step + 1) % args.save_every == 0 or step + 1 == rounds * steps:
-            run.save_checkpoint(step + 1, model, optimizer, memory)
-
-    before = own_prefix(tokenizer)  # of a reference that is conditioned already
-    tokenizer.init_kwargs["prompt_prefix"] = before + labelled("", best_label(args), args)
-    save_model(model, tokenizer, run.dir)
-    tokenizer.init_kwargs["prompt_prefix"] = before
-    evaluation, samples = evaluate(rounds * steps)
-    finish(run, memory, evaluation, samples)
-
-
-def finish(run, memory: dict, evaluation: dict, samples: list[dict]) -> None:
-    before = memory["rounds"][0][1]
-    report(run, evaluation | {f"{name}_ref": before[name] for name in ("proxy_reward",) if name in before}, samples,
-           memory["reference"])
-    if "reward" in evaluation:
-        print()
-        print_table([["update", "proxy reward", "reward", "KL, nats", "win rate"]] +
-                    [[step, m["proxy_reward"], *(f"{m[name]:{form}} ± {m[name + '_se']:{form}}" for name, form in
-                                                 (("reward", ".2f"), ("kl", ".2f"), ("win_rate", ".1%")))]
-                     for step, m in [*memory["rounds"], ("end", evaluation)]])
+    save_model(policy, best, run.dir, args.save_dtype, args.model)
+    saved = shard(load_model(str(run.dir), args.device, args.dtype), args)
+    evaluation, samples = evaluate(saved, load_tokenizer(str(run.dir)), total)
+    if proxy:
+        evaluation["proxy_reward_ref"] = memory["before"]["proxy_reward"]
+    report(run, evaluation, samples, held_out.reference_samples)
 
 
 if __name__ == "__main__":

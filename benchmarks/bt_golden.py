@@ -1,4 +1,4 @@
-"""Golden numbers for tests/test_bt_bandit.py, by scipy and numpy alone: nothing of bt_bandit.py is used.
+"""Golden numbers for tests/test_bt_*.py, by scipy and numpy alone: nothing of bt_*.py is used.
 
     python benchmarks/bt_golden.py --battles llmfao_battles.jsonl        # -> tests/golden/bt.json
 

@@ -1,42 +1,48 @@
-"""Best of n against its exact law on a model whose every completion is listed; the run directory, resume, mistakes."""
+"""Best of n against its exact law on a model whose every completion is listed; the run directory,
+resume, mistakes."""
 
+import importlib
 import itertools
 import json
 import math
-import sys
 
 import pytest
 import torch
 import transformers
 
-from best_of_n import (best_of_n_kl, best_of_n_metrics, best_of_n_weights, best_of_n_win_rate, kl_of_ties,
-                       tie_probability)
-from common import generate, sequence_logprobs
+from best_of_n import (
+    Args, best_of_n_kl, best_of_n_metrics, best_of_n_weights, best_of_n_win_rate, kl_of_ties,
+    load_prompts, score, tie_probability
+)
+from common import Row, generate, load_model, load_tokenizer, sequence_logprobs
 from conftest import ROOT
 from test_runs import kill_at, metrics_of, run
 from tiny import Ids
 
-# ----------------------------------------------------------------------------------- exact: every completion of a model
+# --- exact: every completion of a model ---
 
 
 @pytest.fixture(scope="module")
 def language():
-    """A Llama with three tokens, EOS among them, and completions of at most three: all 15, with their probabilities."""
+    """A Llama with three tokens, EOS among them, and completions of at most three: all 15, with
+    their probabilities."""
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
-        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0)).eval()
+        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    answers = [a for n in (1, 2, 3) for a in itertools.product(range(3), repeat=n)
-               if 2 not in a[:-1] and (a[-1] == 2 or n == 3)]
-    logps = sequence_logprobs(model, [([1, *a], [0] + [1] * len(a)) for a in answers]).double()
-    assert len(answers) == 15 and abs(logps.exp().sum() - 1) < 1e-5
-    return model, answers, logps
+    completions = [c for n in (1, 2, 3) for c in itertools.product(range(3), repeat=n)
+                   if 2 not in c[:-1] and (c[-1] == 2 or n == 3)]
+    rows = [Row([1, *c], [0] + [1] * len(c)) for c in completions]
+    logps = sequence_logprobs(model, rows).double()
+    assert len(completions) == 15 and abs(logps.exp().sum() - 1) < 1e-5
+    return model, completions, logps
 
 
-REWARDS = {  # of the 15 answers
+REWARDS = {  # of the 15 completions
     "no ties": torch.arange(15).double().mul(7).remainder(15),
     "ties": torch.tensor([0, 1, 1, 2, 3, 1, 0, 2, 2, 3, 1, 1, 0, 2, 3]).double(),
     "all tie": torch.zeros(15).double(),
@@ -44,7 +50,8 @@ REWARDS = {  # of the 15 answers
 
 
 def law(probabilities, rewards, n):
-    """Equation (1): F(y)^n - F(<y)^n is the probability of y's score; its answers share it as pi_ref does."""
+    """Equation (1): F(y)^n - F(<y)^n is the probability of y's score; the completions that have it
+    share it as pi_ref does."""
     same, below = rewards[:, None] == rewards, rewards[:, None] > rewards
     low, mass = (below * probabilities).sum(1), (same * probabilities).sum(1)
     return ((low + mass) ** n - low**n) * probabilities / mass, low, mass
@@ -52,7 +59,7 @@ def law(probabilities, rewards, n):
 
 @pytest.mark.parametrize("case", REWARDS)
 def test_weights_sample_the_exact_law(case, language):
-    """2.5 million sets of N = 4 samples: to 1e-3, for each n, and with the true best of n fresh draws beside it."""
+    """2.5 million sets of N = 4 samples: to 1e-3, for each n."""
     _, _, logps = language
     probabilities, rewards = logps.exp() / logps.exp().sum(), REWARDS[case]
     counts, sets = {n: torch.zeros(15, dtype=torch.float64) for n in (1, 2, 3, 4)}, 0
@@ -68,58 +75,65 @@ def test_weights_sample_the_exact_law(case, language):
 
 
 def test_weights_are_the_mean_over_all_subsets():
-    scores = torch.tensor([[0.3, -1.0, 0.3, 2.0, 0.3, -1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    rewards = torch.tensor([[0.3, -1.0, 0.3, 2.0, 0.3, -1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
     for n in range(1, 7):
         expected = torch.zeros(2, 6, dtype=torch.float64)
         for row, subset in itertools.product(range(2), itertools.combinations(range(6), n)):
-            best = [i for i in subset if scores[row, i] == scores[row, list(subset)].max()]
+            highest = rewards[row, list(subset)].max()
+            best = [i for i in subset if rewards[row, i] == highest]
             expected[row, best] += 1 / len(best) / math.comb(6, n)
-        torch.testing.assert_close(best_of_n_weights(scores, n), expected)
+        torch.testing.assert_close(best_of_n_weights(rewards, n), expected)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 64])
 @pytest.mark.parametrize("case", REWARDS)
 def test_the_kl_bound_and_what_ties_take_away(case, n, language):
-    """Equation (4) gives the exact KL; the bound is above it, and reached as the answers' probabilities go to 0."""
+    """Equation (4) gives the exact KL; the bound is above it, and reached as the completions'
+    probabilities go to 0."""
     probabilities = language[2].exp() / language[2].exp().sum()
     pi_n, low, mass = law(probabilities, REWARDS[case], n)
     exact = torch.special.xlogy(pi_n, pi_n / probabilities).sum().item()
-    assert best_of_n_kl(n) - (pi_n * kl_of_ties(low / (low + mass), n)).sum().item() == pytest.approx(exact, abs=1e-10)
+    found = best_of_n_kl(n) - (pi_n * kl_of_ties(low / (low + mass), n)).sum().item()
+    assert found == pytest.approx(exact, abs=1e-10)
     assert exact <= best_of_n_kl(n) + 1e-12 and (exact < best_of_n_kl(n) - 1e-3 or n == 1)
-    fine = torch.full((100_000,), 1e-5, dtype=torch.float64)  # no ties, and no answer with a mass to speak of
-    pi_n, low, mass = law_of_order(fine, n)
+    fine = torch.full((100_000,), 1e-5, dtype=torch.float64)  # no ties, and tiny probabilities
+    up_to = fine.cumsum(0).clamp(max=1.0)
+    pi_n = up_to**n - (up_to - fine).clamp(min=0) ** n
     exact = torch.special.xlogy(pi_n, pi_n / fine).sum().item()
     assert exact == pytest.approx(best_of_n_kl(n), abs=1e-5)
 
 
-def law_of_order(probabilities, n):
-    up_to = probabilities.cumsum(0).clamp(max=1.0)
-    return up_to**n - (up_to - probabilities).clamp(min=0) ** n, up_to - probabilities, probabilities
-
-
 @pytest.mark.parametrize("case", REWARDS)
 def test_sampled_kl_reward_and_win_rate(case, language):
-    """From 500 sets of 64 samples that the model itself generates: rewards, KL and win rate are the exact ones."""
-    model, answers, logps = language
-    number = {answer: i for i, answer in enumerate(answers)}
+    """From 500 sets of 64 samples that the model itself generates: rewards, KL and win rate are
+    the exact ones."""
+    model, completions, logps = language
+    number = {completion: i for i, completion in enumerate(completions)}
     rollout = generate(model, Ids(), [[1]] * 500, 65, 3, rows_at_once=8192)
-    drawn = torch.tensor([number[tuple(ids[1:])] for ids, _ in rollout.rows]).view(500, 65)
+    drawn = torch.tensor([number[tuple(row.ids[1:])] for row in rollout.rows]).view(500, 65)
     reference, drawn = drawn[:, 0], drawn[:, 1:]
     sampled_logps = rollout.logps.sum(1).view(500, 65)[:, 1:]
     torch.testing.assert_close(sampled_logps.double(), logps[drawn], rtol=0, atol=1e-5)
-    first = torch.tensor([[a not in row[:j] for j, a in enumerate(row)] for row in drawn.tolist()])
+    is_first = [[a not in row[:j] for j, a in enumerate(row)] for row in drawn.tolist()]
     rewards, gold = REWARDS[case], REWARDS["no ties"]
-    tie = tie_probability(rewards[drawn], sampled_logps, first)
+    scores = {
+        "proxy_reward": rewards[drawn],
+        "reward": gold[drawn],
+        "ended": torch.ones(500, 64),
+        "tie": tie_probability(rewards[drawn], sampled_logps, torch.tensor(is_first)),
+    }
     probabilities = logps.exp() / logps.exp().sum()
+    wins = ((gold[:, None] > gold).double() + 0.5 * (gold[:, None] == gold)) @ probabilities
     for n in (1, 2, 4, 16, 64):
-        found = best_of_n_metrics(n, rewards[drawn], gold[drawn], torch.ones(500, 64), tie, gold[reference])
+        found = best_of_n_metrics(n, scores, gold[reference])
         pi_n, _, _ = law(probabilities, rewards, n)
-        wins = ((gold[:, None] > gold).double() + 0.5 * (gold[:, None] == gold)) @ probabilities
-        for name, values in (("proxy_reward", rewards), ("reward", gold), ("win_rate", wins)):
+        for name, values in {"proxy_reward": rewards, "reward": gold, "win_rate": wins}.items():
             expected = pi_n @ values
-            # Hoeffding's bound for a mean over subsets: the measured error is 0 where every set holds the best answer
+            # Hoeffding's bound for a mean over subsets: the measured error is 0 where every set
+            # holds the best completion.
             bound = (pi_n @ (values - expected) ** 2 * n / 64 / 500).sqrt().item()
-            assert abs(found[name] - expected.item()) < 4 * max(found[f"{name}_se"], bound) + 1e-9
+            error = abs(found[name] - expected.item())
+            assert error < 4 * max(found[f"{name}_se"], bound) + 1e-9
         exact = torch.special.xlogy(pi_n, pi_n / probabilities).sum().item()
         assert abs(found["kl"] - exact) < 3 * found["kl_se"] + (0.02 if n <= 16 else 0.1)
         assert found["kl"] <= found["kl_bound"] + 1e-9
@@ -128,19 +142,48 @@ def test_sampled_kl_reward_and_win_rate(case, language):
 def test_formulas():
     assert best_of_n_kl(1) == 0 and best_of_n_kl(64) == pytest.approx(4.1589 - 63 / 64, abs=1e-4)
     assert best_of_n_win_rate(1) == 0.5 and best_of_n_win_rate(3) == 0.75
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(20_000, 4, generator=generator)
-    wins = scores[:, 1:].max(1).values > scores[:, 0]
+    rewards = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0))
+    wins = rewards[:, 1:].max(1).values > rewards[:, 0]
     assert wins.double().mean() == pytest.approx(best_of_n_win_rate(3), abs=0.01)
-    weights = best_of_n_weights(scores, 4)
-    assert torch.equal(weights, torch.nn.functional.one_hot(scores.argmax(1), 4).double())
+    best = torch.nn.functional.one_hot(rewards.argmax(1), 4).double()
+    assert torch.equal(best_of_n_weights(rewards, 4), best)
 
 
-# --------------------------------------------------------------------------------------------------------- as it is run
+def test_standard_errors_of_one_prompt_are_not_known():
+    scores = {name: torch.rand(1, 4) for name in ("proxy_reward", "reward", "ended", "tie")}
+    metrics = best_of_n_metrics(2, scores, torch.zeros(1))
+    assert all(metrics[f"{name}_se"] is None for name in ("proxy_reward", "reward", "kl", "win_rate"))
+    assert math.isfinite(metrics["kl"])
 
-REWARD = ROOT / "assets" / "rewards.py"
-QUICK = ["--n", "6", "--split", "train[:12]", "--batch-size", "3", "--max-new-tokens", "12", "--save-every", "1",
-         "--reward-fn", f"{REWARD}:sentiment"]
+
+def test_equal_completions_have_one_reward_and_groups_stay_whole(language):
+    """A reward function sees all completions of a prompt, with its columns, and the ids that were
+    sampled; where it is unsure of equal ones, the first reward counts."""
+    calls = []
+
+    def unsure(examples, completions, completion_ids):
+        calls.append((examples, completions, completion_ids))
+        return torch.arange(len(completions)).float()
+
+    rollout = generate(language[0], Ids(), [[1], [1]], 40, 3)
+    scores = score(rollout, ["a", "b"], unsure, unsure)
+    (examples, completions, completion_ids), = calls  # once: what chooses also judges
+    assert examples == ["a"] * 40 + ["b"] * 40 and completions == rollout.completions
+    assert completion_ids == [row.ids[1:] for row in rollout.rows]
+    for i, row in enumerate(scores["reward"].tolist()):
+        texts = completions[40 * i:40 * i + 40]
+        assert row == [40 * i + texts.index(text) for text in texts]
+
+
+# --- as it is run ---
+
+REWARD, SFT = ROOT / "assets" / "rewards.py", ROOT / "assets" / "tiny-sft"
+QUICK = ["--n", "6", "--split", "train[:12]", "--batch-size", "3", "--max-new-tokens", "12",
+         "--save-every", "1", "--reward-fn", f"{REWARD}:sentiment"]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -154,68 +197,107 @@ def finished(tmp_path_factory):
 def test_run_directory(finished):
     directory, output = finished
     rows = metrics_of(directory)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[0]["kl"] == 0 and "reward" in rows[0]
-    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 24 and all({"prompt", "completion", "reward"} <= set(s) for s in samples)
+    assert [(row["step"], row["phase"]) for row in rows] == [(n, "eval") for n in range(5)]
+    assert rows[0]["kl"] == 0 and rows[0]["win_rate"] == 0.5 and "reward" in rows[0]
+    samples = lines_of(directory / "samples.jsonl")
+    names = {"prompt", "completion", "reward", "ended"}
+    assert len(samples) == 24 and all(names <= set(sample) for sample in samples)
     results = json.loads((directory / "results.json").read_text())
-    assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate",
-                            "win_rate_se", "ended", "seconds", "proxy_reward", "proxy_reward_ref"}
+    assert set(results) >= {
+        "reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se", "win_rate",
+        "win_rate_se", "ended", "seconds", "proxy_reward", "proxy_reward_ref",
+    }
     assert all(isinstance(value, (int, float)) for value in results.values())
     ns = [1, 2, 4, 6]
     rewards = [results[f"proxy_reward_n{n}"] for n in ns]
     assert rewards == sorted(rewards) and results["kl"] < results["kl_bound"] == best_of_n_kl(6)
     assert all(f"\n  {n} " in output for n in ns)
+    args = json.loads((directory / "args.json").read_text())
+    assert args["samples_per_prompt"] == 6  # --n is another name for it
 
 
-def test_what_was_kept_feeds_sft_and_dpo(finished, tmp_path):
+def test_what_was_kept_feeds_sft_and_dpo(finished, tmp_path, monkeypatch):
     directory, _ = finished
-    best = [json.loads(line) for line in (directory / "best.jsonl").read_text().splitlines()]
-    pairs = [json.loads(line) for line in (directory / "pairs.jsonl").read_text().splitlines()]
-    assert len(best) == 12 and {tuple(row) for row in best} == {("prompt", "completion")} and 8 <= len(pairs) <= 12
-    sys.path.insert(0, str(ROOT / "assets"))
-    from rewards import sentiment
+    best, pairs = lines_of(directory / "best.jsonl"), lines_of(directory / "pairs.jsonl")
+    assert len(best) == 12 and {tuple(row) for row in best} == {("prompt", "completion")}
+    assert 8 <= len(pairs) <= 12 and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    monkeypatch.syspath_prepend(ROOT / "assets")
+    sentiment = importlib.import_module("rewards").sentiment
     for pair in pairs:
         chosen, rejected = sentiment(None, [pair["chosen"], pair["rejected"]])
         assert chosen >= rejected
     quick = ["--max-steps", "1", "--batch-size", "4", "--max-new-tokens", "8"]
-    for script, name, more in (("sft", "best", ["--model", ROOT / "assets" / "tiny-sft"]),
+    for script, name, more in (("sft", "best", ["--model", SFT]),
                                ("dpo", "pairs", ["--eval-prompts", "2"])):
         paths = ["--dataset", directory / f"{name}.jsonl", "--output-dir", tmp_path / script]
         status, _, errors = run(script, *paths, *quick, *more)
         assert status == 0, errors
 
 
-@pytest.mark.parametrize("wait_for", [1, 3])  # lines of metrics.jsonl: before and after the first checkpoint
-def test_killed_and_resumed_equals_uninterrupted(wait_for, finished, tmp_path):
-    kill_at(wait_for, "best_of_n", *QUICK, directory=tmp_path)
-    status, output, errors = run("best_of_n", *QUICK, "--output-dir", tmp_path, "--resume")
+# lines of metrics.jsonl at the kill: before and after the first checkpoint
+@pytest.mark.parametrize("lines", [1, 3])
+def test_killed_and_started_again_equals_uninterrupted(lines, finished, tmp_path):
+    kill_at(lines, "best_of_n", *QUICK, directory=tmp_path)
+    resume = ["--resume"] if (tmp_path / "checkpoint" / "state.pt").exists() else []
+    assert resume or lines == 1
+    status, output, errors = run("best_of_n", *QUICK, "--output-dir", tmp_path, *resume)
     assert status == 0, errors
-    assert wait_for == 1 or "resuming" in output
+    assert ("resuming" in output) == bool(resume)
     assert metrics_of(tmp_path) == metrics_of(finished[0])
     for name in ("samples.jsonl", "best.jsonl", "pairs.jsonl"):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
 
 
+def test_prompts_that_are_left_out_are_counted(tmp_path, capsys):
+    prompts = ["a", "b", "a", "long " * 200, "b"]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    args = Args(dataset=str(path), split="train")
+    found = load_prompts(args, load_model(str(SFT)), load_tokenizer(str(SFT)))
+    assert [example["prompt"] for example, _ in found] == ["a", "b"]
+    said = capsys.readouterr().out
+    assert f"2 rows skipped: an earlier row has the same prompt (first: --dataset {path}, row 3)" in said
+    assert "1 rows skipped: the prompt leaves no room" in said and "row 4)" in said
+
+
+def test_one_sample_of_one_prompt(tmp_path):
+    """No choice, no pair, no error bars: null in results.json."""
+    flags = [*QUICK, "--n", 1, "--split", "train[:1]", "--output-dir", tmp_path]
+    status, output, errors = run("best_of_n", *flags)
+    assert status == 0 and "0 of 1 prompts in" in output, errors
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["kl"] == 0 and results["reward_se"] is None and results["win_rate_se"] is None
+    assert len(lines_of(tmp_path / "best.jsonl")) == 1 and not lines_of(tmp_path / "pairs.jsonl")
+
+
+def test_relative_paths_into_the_embedded_world_have_its_rewards(tmp_path, monkeypatch):
+    """As in the commands of the docstring."""
+    monkeypatch.chdir(ROOT)
+    flags = ["--dataset", "assets/data/review_prompts.jsonl", "--split", "train[:2]", "--n", 2,
+             "--max-new-tokens", 4, "--output-dir", tmp_path]
+    status, _, errors = run("best_of_n", *flags)
+    assert status == 0, errors
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert args["reward_model"].endswith("tiny-rm") and args["reward_fn"].endswith("sentiment")
+
+
+DATA = ["--dataset", "d.jsonl", "--split", "train"]
 MISTAKES = {
-    "no sample": (["--n", "0"], "", "--n"),
-    "no reward": (["--dataset", "d.jsonl"], json.dumps({"prompt": "a"}), "--reward-model"),
-    "no prompt": (["--dataset", "d.jsonl", "--reward-fn", f"{REWARD}:sentiment"], json.dumps({"text": "a"}), "row 1"),
+    "no sample": (["--n", "0"], "", "--samples-per-prompt 0"),
+    "no reward": (DATA, {"prompt": "a"}, "--reward-model"),
+    "no prompt": ([*DATA, "--reward-fn", f"{REWARD}:sentiment"], {"text": "a"}, "row 1"),
     "no reward model": (["--reward-model", "nobody/judge"], "", "nobody/judge"),
-    "a policy for a judge": (["--reward-model", str(ROOT / "assets" / "tiny-sft")], "", "labels"),
-    "no room": (["--max-new-tokens", "256"], "", "--max-new-tokens"),
+    "a policy for a judge": (["--reward-model", SFT], "", "tiny-sft"),
+    "no room": (["--max-new-tokens", "512"], "", "--max-new-tokens"),
+    "greedy": (["--temperature", "0"], "", "--temperature 0"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name, tmp_path, monkeypatch, capsys):
-    import best_of_n
-    from common import run_script
+def test_mistakes(name, tmp_path, monkeypatch):
     flags, data, what = MISTAKES[name]
-    (tmp_path / "d.jsonl").write_text(data)
+    (tmp_path / "d.jsonl").write_text(json.dumps(data))
     monkeypatch.chdir(tmp_path)
-    split = [] if "--dataset" not in flags else ["--split", "train"]
-    monkeypatch.setattr(sys, "argv", ["best_of_n.py", *flags, *split])
-    with pytest.raises(SystemExit) as stop:
-        run_script(best_of_n.main, best_of_n.Args)
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2 and what in errors and errors.count("\n") == 1, errors
+    status, _, errors = run("best_of_n", *flags)
+    assert status == 2 and errors.startswith("best_of_n.py: error: "), errors
+    assert what in errors and errors.count("\n") == 1, errors

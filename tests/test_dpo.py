@@ -8,84 +8,148 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import encode_row, load_model, load_tokenizer, pad_rows, sequence_logprobs, token_logprobs
+from common import load_model, load_tokenizer, pad_rows, token_logprobs
 from conftest import ROOT
-from dpo import dpo_loss, pair_logprobs
+from dpo import Args, dpo_loss, load_pairs, pair_logprobs, preferences, reference_logprobs
 
 GOLDEN = ROOT / "tests" / "golden"
 EXPECTED = json.loads((GOLDEN / "dpo.json").read_text())
 LOGPS = {name: torch.tensor(values) for name, values in EXPECTED["sequence_logps"].items()}
 NAMES = ["policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"]
+ALL_LOGPS = [LOGPS[name] for name in NAMES]
 
 
-# ----------------------------------------------------------------------------------------------- other people's numbers
+# --- other people's numbers ---
 
 
 @pytest.mark.parametrize("name, kwargs", [
-    ("sigmoid_ls0.0", dict()), ("sigmoid_ls0.1", dict(label_smoothing=0.1)), ("ipo_ls0.0", dict(loss_type="ipo"))])
+    ("sigmoid_ls0.0", dict()),
+    ("sigmoid_ls0.1", dict(label_smoothing=0.1)),
+    ("ipo_ls0.0", dict(loss_type="ipo")),
+])
 def test_golden_losses_and_rewards(name, kwargs):
     expected = EXPECTED["trl_0p11p4"][name]
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*(LOGPS[n] for n in NAMES), 0.1, **kwargs)
-    torch.testing.assert_close(losses, torch.tensor(expected["losses"]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(chosen_rewards, torch.tensor(expected["chosen_rewards"]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(rejected_rewards, torch.tensor(expected["rejected_rewards"]), rtol=1e-5, atol=1e-5)
+    results = dpo_loss(*ALL_LOGPS, 0.1, **kwargs)
+    for ours, theirs in zip(results, ("losses", "chosen_rewards", "rejected_rewards")):
+        torch.testing.assert_close(ours, torch.tensor(expected[theirs]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def golden(tmp_path):
+    """The texts as dpo.py reads them -> policy, reference, pairs"""
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in EXPECTED["text"]))
+    policy, reference = (load_model(str(GOLDEN / name)) for name in ("policy", "ref"))
+    args = Args(dataset=str(path), eval_dataset=str(path))
+    pairs, held_out = load_pairs(args, policy, load_tokenizer(str(GOLDEN / "policy")))
+    assert pairs == held_out
+    return policy, reference, pairs
+
+
+def test_golden_text_to_logprobs(golden):
+    policy, reference, pairs = golden
+    chosen_first = [rows[0] for _, rows in pairs] + [rows[1] for _, rows in pairs]  # as in TRL
+    input_ids, mask = pad_rows(chosen_first)
+    assert torch.equal(mask, torch.tensor(EXPECTED["inputs"]["completion_mask"]))
+    is_token = input_ids != 0
+    expected = torch.tensor(EXPECTED["inputs"]["input_ids"])
+    assert torch.equal(input_ids[is_token], expected[is_token])
+    per_token = token_logprobs(policy, input_ids, mask)[:, 1:]
+    expected = torch.tensor(EXPECTED["per_token_logps"]["policy"])
+    torch.testing.assert_close(per_token, expected, rtol=1e-5, atol=1e-5)
+
+    logps = pair_logprobs(policy, [rows for _, rows in pairs], 1.0)
+    ref_logps = reference_logprobs(reference, pairs, list(range(len(pairs))), Args())
+    ours = [*logps, ref_logps["chosen"], ref_logps["rejected"]]
+    for ours, name in zip(ours, NAMES):
+        torch.testing.assert_close(ours, LOGPS[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, beta, loss_type", [
-    ("sigmoid", 0.1, "sigmoid"), ("sigmoid_beta0p5", 0.5, "sigmoid"), ("ipo", 0.1, "ipo"), ("ipo_beta0p5", 0.5, "ipo")])
-def test_golden_text_to_loss_to_gradient(name, beta, loss_type):
-    """The whole path. TRL 1.16's ipo is on mean log-probabilities: ours gives its numbers when it is fed those."""
-    model, reference = load_model(str(GOLDEN / "policy")), load_model(str(GOLDEN / "ref"))
-    tokenizer = load_tokenizer(str(GOLDEN / "policy"))
-    pairs = [tuple(encode_row(tokenizer, row["prompt"], row[column], [2]) for column in ("chosen", "rejected"))
-             for row in EXPECTED["text"]]
-    input_ids, completion_mask = pad_rows([row for column in zip(*pairs) for row in column])  # chosen first, as in TRL
-    golden_mask = torch.tensor(EXPECTED["inputs"]["completion_mask"])
-    assert torch.equal(completion_mask, golden_mask)
-    assert torch.equal(input_ids[golden_mask.bool()], torch.tensor(EXPECTED["inputs"]["input_ids"])[golden_mask.bool()])
-    per_token = token_logprobs(model, input_ids, None, completion_mask)
-    expected = torch.tensor(EXPECTED["per_token_logps"]["policy"])
-    torch.testing.assert_close(per_token[:, 1:], expected, rtol=1e-5, atol=1e-5)
-
-    logps = pair_logprobs(model, pairs, 1.0)
-    ref_logps = torch.stack([sequence_logprobs(reference, column) for column in zip(*pairs)], 1)
-    expected = torch.cat([LOGPS["policy_chosen"], LOGPS["policy_rejected"]])
-    torch.testing.assert_close(logps.T.flatten(), expected, rtol=1e-5, atol=1e-5)
-    if loss_type == "ipo":
-        lengths = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs])
-        logps, ref_logps = logps / lengths, ref_logps / lengths
-    losses, _, _ = dpo_loss(*logps.T, *ref_logps.T, beta, loss_type=loss_type)
-    losses.mean().backward()
+    ("sigmoid", 0.1, "sigmoid"),
+    ("sigmoid_beta0p5", 0.5, "sigmoid"),
+    ("ipo", 0.1, "ipo"),
+    ("ipo_beta0p5", 0.5, "ipo"),
+])
+def test_golden_text_to_loss_to_gradient(golden, name, beta, loss_type):
+    """The whole path. TRL 1.16's ipo is on mean log-probabilities: ours gives its numbers when it
+    is fed those."""
+    policy, reference, pairs = golden
     expected = EXPECTED["expected"][name]
-    torch.testing.assert_close(losses, torch.tensor(expected["loss_per_pair"]), rtol=1e-5, atol=1e-5)
-    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    args = Args(beta=beta, loss_type=loss_type, micro_batch_size=4)
+    ref_logps = reference_logprobs(reference, pairs, list(range(len(pairs))), args)
+    if loss_type == "sigmoid":
+        metrics = preferences(policy, pairs, ref_logps, args, train=True)
+        losses = torch.tensor(expected["loss_per_pair"])
+        assert metrics["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    else:
+        lengths = torch.tensor([[sum(row.mask) for row in rows] for _, rows in pairs])
+        chosen, rejected = pair_logprobs(policy, [rows for _, rows in pairs], 1.0)
+        losses, _, _ = dpo_loss(
+            chosen / lengths[:, 0], rejected / lengths[:, 1],
+            ref_logps["chosen"] / lengths[:, 0], ref_logps["rejected"] / lengths[:, 1],
+            beta, loss_type="ipo",
+        )
+        losses.mean().backward()
+        theirs = torch.tensor(expected["loss_per_pair"])
+        torch.testing.assert_close(losses, theirs, rtol=1e-5, atol=1e-5)
+    norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()
     assert norm == pytest.approx(expected["grad_norm"], rel=1e-4)
     if beta == 0.1:
         gradients = load_file(GOLDEN / f"grads_dpo_{loss_type}.safetensors")
-        largest = max(g.abs().max() for g in gradients.values())
-        for n, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.grad, gradients[n], rtol=1e-4, atol=1e-6 * largest.item())
+        atol = 1e-6 * max(gradient.abs().max() for gradient in gradients.values()).item()
+        for n, parameter in policy.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[n], rtol=1e-4, atol=atol)
+
+
+def test_one_pair_at_a_time_gives_the_same(golden):
+    """1 x 8 = 8 x 1, also in what is logged."""
+    policy, reference, pairs = golden
+    ref_logps = reference_logprobs(reference, pairs, list(range(len(pairs))), Args())
+    results = []
+    for size in (None, 1):
+        policy.zero_grad()
+        args = Args(micro_batch_size=size)
+        metrics = preferences(policy, pairs, ref_logps, args, train=True)
+        results.append((metrics, [p.grad.clone() for p in policy.parameters()]))
+    (metrics, gradients), (metrics_apart, gradients_apart) = results
+    assert metrics == pytest.approx(metrics_apart, rel=1e-5, abs=1e-6)
+    for together, apart in zip(gradients, gradients_apart):
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_pairs_that_are_trained_on_cost_the_reference_a_pass(golden):
+    _, reference, pairs = golden
+    logps = reference_logprobs(reference, pairs, [0, 3], Args())
+    for values, name in ((logps["chosen"], "ref_chosen"), (logps["rejected"], "ref_rejected")):
+        torch.testing.assert_close(values[[0, 3]], LOGPS[name][[0, 3]], rtol=1e-5, atol=1e-5)
+        assert values.isnan().sum() == len(pairs) - 2  # read by mistake, they would be seen
 
 
 def test_an_unknown_loss_type_is_refused():
     with pytest.raises(ValueError, match="sigmoid or ipo"):
-        dpo_loss(*(LOGPS[n] for n in NAMES), 0.1, loss_type="hinge")
+        dpo_loss(*ALL_LOGPS, 0.1, loss_type="hinge")
 
 
-# ---------------------------------------------------------------------------- exact: every sequence of a small language
+# --- exact: every sequence of a small language ---
 #
-# Two prompts, three tokens, and every sequence up to three tokens: y ends with token 0 or at length 3. A table of
-# logits for every prefix is a complete autoregressive policy, so pi_ref, pi* and all log-probabilities can be listed.
+# Two prompts, three tokens, and every sequence up to three tokens: y ends with token 0 or at length
+# 3. A table of logits for every prefix is a complete autoregressive policy, so pi_ref, pi* and all
+# log-probabilities can be listed.
 
-SEQUENCES = [s for n in (1, 2, 3) for s in itertools.product(range(3), repeat=n)
-             if 0 not in s[:-1] and (s[-1] == 0 or n == 3)]
-PREFIXES = {s: i for i, s in enumerate(s for n in (0, 1, 2) for s in itertools.product((1, 2), repeat=n))}
+ALL = [s for n in (1, 2, 3) for s in itertools.product(range(3), repeat=n)]
+SEQUENCES = [s for s in ALL if 0 not in s[:-1] and (s[-1] == 0 or len(s) == 3)]
+NOT_ENDED = [s for n in (0, 1, 2) for s in itertools.product((1, 2), repeat=n)]
+PREFIXES = {s: i for i, s in enumerate(NOT_ENDED)}
 
 
 def all_logps(table):
     """Logits [2 prompts, 7 prefixes, 3 tokens] -> log pi(y | x) [2, 15]."""
     steps = table.log_softmax(-1)
-    return torch.stack([sum(steps[:, PREFIXES[s[:t]], s[t]] for t in range(len(s))) for s in SEQUENCES], 1)
+    logps = []
+    for s in SEQUENCES:
+        logps.append(sum(steps[:, PREFIXES[s[:t]], s[t]] for t in range(len(s))))
+    return torch.stack(logps, 1)
 
 
 def small_world(seed=0):
@@ -99,40 +163,54 @@ def optimum(ref_logps, rewards, beta):
     return (ref_logps + rewards / beta).softmax(1)
 
 
-def fit(ref_table, ref_logps, rewards, beta, loss_type):
-    """Minimise the population loss: every pair of sequences, drawn from pi_ref, labelled by Bradley-Terry."""
-    table = ref_table.clone().requires_grad_()
-    i, j = torch.triu_indices(len(SEQUENCES), len(SEQUENCES), 1)
-    weight = ref_logps[:, i].exp() * ref_logps[:, j].exp()  # how often the pair is sampled
-    prefers_i = torch.sigmoid(rewards[:, i] - rewards[:, j])
-    optimizer = torch.optim.LBFGS([table], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16, history_size=50,
-                                  line_search_fn="strong_wolfe")
+def minimise(parameter, loss_of):
+    optimizer = torch.optim.LBFGS(
+        [parameter], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16,
+        history_size=50, line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
-        logps, loss = all_logps(table), 0.0
-        for x in range(2):
-            pairs = (logps[x, i], logps[x, j], ref_logps[x, i], ref_logps[x, j])
-            swapped = (pairs[1], pairs[0], pairs[3], pairs[2])
-            i_wins, _, _ = dpo_loss(*pairs, beta, loss_type=loss_type)
-            j_wins, _, _ = dpo_loss(*swapped, beta, loss_type=loss_type)
-            loss = loss + (weight[x] * (prefers_i[x] * i_wins + (1 - prefers_i[x]) * j_wins)).sum()
+        loss = loss_of(parameter)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return all_logps(table.detach())
+    return parameter.detach()
+
+
+def fit(ref_table, ref_logps, rewards, beta, loss_type):
+    """Minimise the population loss: every pair of sequences, drawn from pi_ref, labelled by
+    Bradley-Terry."""
+    i, j = torch.triu_indices(len(SEQUENCES), len(SEQUENCES), 1)
+    weight = ref_logps[:, i].exp() * ref_logps[:, j].exp()  # how often the pair is sampled
+    prefers_i = torch.sigmoid(rewards[:, i] - rewards[:, j])
+
+    def population_loss(table):
+        logps = all_logps(table)
+        i_wins, _, _ = dpo_loss(logps[:, i], logps[:, j], ref_logps[:, i], ref_logps[:, j],
+                                beta, loss_type=loss_type)
+        j_wins, _, _ = dpo_loss(logps[:, j], logps[:, i], ref_logps[:, j], ref_logps[:, i],
+                                beta, loss_type=loss_type)
+        return (weight * (prefers_i * i_wins + (1 - prefers_i) * j_wins)).sum()
+
+    return all_logps(minimise(ref_table.clone().requires_grad_(), population_loss))
+
+
+def total_variation(policy, other):
+    return 0.5 * (policy - other).abs().sum(1)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
 def test_population_dpo_reaches_the_optimum(beta):
     ref_table, ref_logps, rewards = small_world()
-    assert len(SEQUENCES) == 15 and torch.allclose(ref_logps.exp().sum(1), torch.ones(2, dtype=torch.float64))
+    ones = torch.ones(2, dtype=torch.float64)
+    assert len(SEQUENCES) == 15 and torch.allclose(ref_logps.exp().sum(1), ones)
     logps = fit(ref_table, ref_logps, rewards, beta, "sigmoid")
     optimal = optimum(ref_logps, rewards, beta)
-    assert 0.5 * (logps.exp() - optimal).abs().sum(1).max() < 0.01
-    assert 0.5 * (ref_logps.exp() - optimal).abs().sum(1).min() > 0.15  # there was something to learn
-    implicit = beta * (logps - ref_logps)  # equation (5): the reward, up to a constant for each prompt
+    assert total_variation(logps.exp(), optimal).max() < 0.01
+    assert total_variation(ref_logps.exp(), optimal).min() > 0.15  # there was something to learn
+    implicit = beta * (logps - ref_logps)  # equation (5): the reward, up to a constant per prompt
     constant = implicit - rewards
     assert (constant - constant.mean(1, keepdim=True)).abs().max() < 0.02
     log_z = (ref_logps + rewards / beta).logsumexp(1, keepdim=True)
@@ -140,60 +218,65 @@ def test_population_dpo_reaches_the_optimum(beta):
 
 
 def test_label_smoothing_expects_flipped_labels():
-    """Conservative DPO's optimum is Bradley-Terry's margin only where labels really are flipped with that probability:
-    the loss's minimum for one pair is at sigma(beta h) = p (1 - eps) + (1 - p) eps."""
+    """Conservative DPO's optimum is Bradley-Terry's margin only where labels really are flipped with
+    that probability: one pair's loss is least at sigma(beta h) = p (1 - eps) + (1 - p) eps."""
     probability = torch.tensor([0.6, 0.9], dtype=torch.float64)
-    margin = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([margin], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    zero = torch.zeros(2, dtype=torch.float64)
 
-    def closure():
-        optimizer.zero_grad()
-        zero = torch.zeros(2, dtype=torch.float64)
+    def expected_loss(margin):
         wins, _, _ = dpo_loss(margin, zero, zero, zero, 0.5, 0.2)
         losses, _, _ = dpo_loss(zero, margin, zero, zero, 0.5, 0.2)
-        loss = (probability * wins + (1 - probability) * losses).sum()
-        loss.backward()
-        return loss
+        return (probability * wins + (1 - probability) * losses).sum()
 
-    optimizer.step(closure)
-    torch.testing.assert_close(torch.sigmoid(0.5 * margin.detach()), probability * 0.8 + (1 - probability) * 0.2,
-                               rtol=0, atol=1e-4)
+    margin = minimise(zero.clone().requires_grad_(), expected_loss)
+    flipped = probability * 0.8 + (1 - probability) * 0.2
+    torch.testing.assert_close(torch.sigmoid(0.5 * margin), flipped, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_population_ipo_reaches_its_own_fixed_point(beta):
-    """IPO regresses h = log pi/pi_ref(y) - log pi/pi_ref(y') on (p(y > y') - 1/2) / beta, averaged over its two labels;
-    weighted least squares with pi_ref's weights: log pi/pi_ref(y) = (p(y > pi_ref) - 1/2) / beta + const (its paper,
-    Theorem 1 with Psi the identity): pi* for the reward p(y > pi_ref), which is not DPO's."""
+    """IPO regresses h = log pi/pi_ref(y) - log pi/pi_ref(y') on (p(y > y') - 1/2) / beta, averaged
+    over its two labels; weighted least squares with pi_ref's weights:
+
+        log pi/pi_ref(y) = (p(y > pi_ref) - 1/2) / beta + const
+
+    (its paper, Theorem 1 with Psi the identity): pi* for the reward p(y > pi_ref), not DPO's."""
     ref_table, ref_logps, rewards = small_world(1)
-    logps = fit(ref_table, ref_logps, rewards, beta, "ipo")
+    policy = fit(ref_table, ref_logps, rewards, beta, "ipo").exp()
     beats = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])  # [2, y, y']
     wins = (beats * ref_logps.exp()[:, None, :]).sum(2)
-    assert 0.5 * (logps.exp() - optimum(ref_logps, wins, beta)).abs().sum(1).max() < 0.01
-    assert 0.5 * (logps.exp() - optimum(ref_logps, rewards, beta)).abs().sum(1).max() > 0.05  # not DPO's
+    assert total_variation(policy, optimum(ref_logps, wins, beta)).max() < 0.01
+    assert total_variation(policy, optimum(ref_logps, rewards, beta)).max() > 0.05
+
+
+# --- what the equation says ---
 
 
 def test_log_z_cancels():
-    """A number added to all rewards of a prompt moves neither labels nor pi*; one added to both log-ratios no loss."""
+    """A number added to all rewards of a prompt moves neither labels nor pi*; one added to both
+    log-ratios, no loss."""
     _, ref_logps, rewards = small_world()
-    shift = torch.tensor([[3.0], [-7.0]], dtype=torch.float64)
-    torch.testing.assert_close(optimum(ref_logps, rewards + shift, 0.3), optimum(ref_logps, rewards, 0.3))
-    losses = dpo_loss(*(LOGPS[n].double() for n in NAMES), 0.1)[0]
-    shifted = dpo_loss(*(LOGPS[n].double() + (5.0 if n.startswith("policy") else 0.0) for n in NAMES), 0.1)[0]
+    shifted = rewards + torch.tensor([[3.0], [-7.0]], dtype=torch.float64)
+    torch.testing.assert_close(optimum(ref_logps, shifted, 0.3), optimum(ref_logps, rewards, 0.3))
+    chosen, rejected, *reference = [logps.double() for logps in ALL_LOGPS]
+    losses, _, _ = dpo_loss(chosen, rejected, *reference, 0.1)
+    shifted, _, _ = dpo_loss(chosen + 5.0, rejected + 5.0, *reference, 0.1)
     torch.testing.assert_close(shifted, losses)
 
 
 def test_before_training_the_loss_is_ln_2():
+    reference = LOGPS["ref_chosen"], LOGPS["ref_rejected"]
     for label_smoothing in (0.0, 0.2):
-        reference = LOGPS["ref_chosen"], LOGPS["ref_rejected"]
-        losses, chosen_rewards, rejected_rewards = dpo_loss(*reference, *reference, 0.1, label_smoothing)
-        torch.testing.assert_close(losses, torch.full((6,), math.log(2)), rtol=0, atol=1e-7)
-        assert chosen_rewards.abs().max() == rejected_rewards.abs().max() == 0
+        results = dpo_loss(*reference, *reference, 0.1, label_smoothing)
+        ln_2 = torch.full((6,), math.log(2))
+        torch.testing.assert_close(results[0], ln_2, rtol=0, atol=1e-7)
+        assert results[1].abs().max() == results[2].abs().max() == 0
 
 
 def test_the_gradient_weighs_pairs_by_how_wrong_the_implicit_reward_is():
     """Section 4 of the DPO paper: d loss / d log pi(y_w) = -beta sigma(r_l - r_w)."""
     chosen = LOGPS["policy_chosen"].clone().requires_grad_()
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, *(LOGPS[n] for n in NAMES[1:]), 0.1)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, *ALL_LOGPS[1:], 0.1)
     losses.sum().backward()
-    torch.testing.assert_close(chosen.grad, -0.1 * torch.sigmoid(rejected_rewards - chosen_rewards))
+    expected = -0.1 * torch.sigmoid(rejected_rewards - chosen_rewards)
+    torch.testing.assert_close(chosen.grad, expected)

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import ppo_rlhf
-from common import (Rollout, generate, learning_rate_at, load_model, make_row, pad_rows, reward_from_model, run_script,
-                    sequence_logprobs, token_logprobs)
+from common import (Rollout, generate, load_model, make_row, pad_rows, sequence_logprobs, set_learning_rate,
+                    token_logprobs)
 from conftest import ROOT
-from ppo_rlhf import (add_gradients, before_the_update, gae, kl_rewards, policy_loss, token_values, update, update_plan,
-                      value_loss, whiten)
+from harness import Example, reward_from_model, run_script
+from ppo_rlhf import (Experience, add_gradients, gae, kl_rewards, policy_loss, score_experience, token_values, update,
+                      update_plan, value_loss, whiten)
 from test_runs import ENVIRONMENT, kill_at, metrics_of, run
 from tiny import ARCHITECTURES, Ids
 
@@ -75,7 +76,7 @@ def test_golden_ids_to_loss_to_gradient():
     starts = value_mask.argmax(1)
     lengths = mask.sum(1)
     token_mask = value_mask * (value_mask.cumsum(1) <= lengths[:, None])
-    logps = token_logprobs(policy, input_ids, None, token_mask)
+    logps = token_logprobs(policy, input_ids, token_mask)
     values = token_values(critic, input_ids, value_mask)
 
     def aligned(x, width=10):  # [8, T], completions somewhere -> [8, 10], completions first
@@ -214,8 +215,8 @@ def test_every_pass_gives_the_log_probs_and_values_of_the_row_alone(world):
     Generation pads on the left, so its own log-probabilities are held to the same numbers."""
     model, reference, critic, rollout = world
     assert len({len(ids) for ids, _ in rollout.rows}) > 5
-    old_logps, ref_logps, old_values = before_the_update(model, reference, critic, rollout, update_plan(rollout, ARGS),
-                                                         ARGS)
+    before = score_experience(model, reference, critic, rollout, update_plan(rollout.rows, ARGS, 4096), ARGS)
+    old_logps, ref_logps, old_values = before.old_logps, before.ref_logps, before.old_values
     mask = rollout.completion_mask.bool()
     for ours, theirs in ((rollout.logps, model), (old_logps, model), (ref_logps, reference)):
         torch.testing.assert_close(ours[mask], torch.cat(own_logps(theirs, rollout.rows, 0.7)), rtol=1e-4, atol=1e-4)
@@ -230,10 +231,10 @@ def test_every_pass_gives_the_log_probs_and_values_of_the_row_alone(world):
 def first_mini_batch(world):
     """-> what is logged of the first mini-batch of a step."""
     model, reference, critic, rollout = world
-    plan = update_plan(rollout, ARGS)
-    old = before_the_update(model, reference, critic, rollout, plan, ARGS)
-    advantages = torch.randn_like(rollout.logps)
-    stats = add_gradients(model, critic, rollout, old[0], old[2], advantages, advantages, *plan[0], ARGS)
+    plan = update_plan(rollout.rows, ARGS, 4096)
+    experience = score_experience(model, reference, critic, rollout, plan, ARGS)
+    experience.advantages = experience.returns = torch.randn_like(rollout.logps)
+    stats = add_gradients(model, critic, experience, plan[0], ARGS)
     model.zero_grad(), critic.zero_grad()
     return stats
 
@@ -249,20 +250,20 @@ def test_it_is_not_where_a_pass_forgets_something(trap, world, monkeypatch):
     """The second pass, that of the update, forgets; so the test above would fail."""
     original = ppo_rlhf.token_logprobs
 
-    def forgetful(model, input_ids, attention_mask, mask, temperature):
+    def forgetful(model, input_ids, mask, temperature):
         if not torch.is_grad_enabled():
-            return original(model, input_ids, attention_mask, mask, temperature)
+            return original(model, input_ids, mask, temperature)
         if trap == "temperature":
-            return original(model, input_ids, attention_mask, mask)
+            return original(model, input_ids, mask)
         if trap == "dropout":
             noise = torch.nn.Dropout(0.5)
             hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: noise(output))
-            logps = original(model, input_ids, attention_mask, mask, temperature)
+            logps = original(model, input_ids, mask, temperature)
             hook.remove()
             return logps
         shifts = [int(row.flip(0).argmax()) for row in mask]  # padded on the left, and no positions given
         ids, moved = (torch.stack([row.roll(s) for row, s in zip(x, shifts)]) for x in (input_ids, mask))
-        logps = original(model, ids, None, moved, temperature)
+        logps = original(model, ids, moved, temperature)
         return torch.stack([row.roll(-s) for row, s in zip(logps, shifts)])
 
     monkeypatch.setattr(ppo_rlhf, "token_logprobs", forgetful)
@@ -272,15 +273,15 @@ def test_it_is_not_where_a_pass_forgets_something(trap, world, monkeypatch):
 @pytest.mark.parametrize("size", [1, 3, None])
 def test_micro_batches_do_not_change_the_gradient(size, world):
     model, reference, critic, rollout = world
-    old = before_the_update(model, reference, critic, rollout, update_plan(rollout, ARGS), ARGS)
+    experience = score_experience(model, reference, critic, rollout, update_plan(rollout.rows, ARGS, 4096), ARGS)
     torch.manual_seed(2)
-    old_logps = old[0] + 0.3 * torch.randn_like(old[0]) * rollout.completion_mask  # some ratios are clipped
-    advantages, returns = torch.randn(2, *old[0].shape)
+    noise = 0.3 * torch.randn_like(experience.old_logps)
+    experience.old_logps += noise * rollout.completion_mask  # some ratios are clipped
+    experience.advantages, experience.returns = torch.randn(2, *noise.shape)
     results = []
     for micro in (16, size):
         args = ppo_rlhf.Args(temperature=0.7, mini_batches=1, ppo_epochs=1, micro_batch_size=micro)
-        stats = add_gradients(model, critic, rollout, old_logps, old[2], advantages, returns,
-                              *update_plan(rollout, args)[0], args)
+        stats = add_gradients(model, critic, experience, update_plan(rollout.rows, args, 4096)[0], args)
         gradients = [p.grad.flatten() for n in (model, critic) for p in n.parameters() if p.grad is not None]
         results.append((stats, torch.cat(gradients)))
         model.zero_grad(), critic.zero_grad()
@@ -291,7 +292,7 @@ def test_micro_batches_do_not_change_the_gradient(size, world):
 
 def test_plans_hold_each_row_once_an_epoch(world):
     rollout = world[3]
-    plan = update_plan(rollout, ARGS)
+    plan = update_plan(rollout.rows, ARGS, 4096)
     assert len(plan) == 6 and plan[0] != plan[3]
     for epoch in (plan[:3], plan[3:]):
         assert sorted(i for _, groups in epoch for group in groups for i in group) == list(range(16))
@@ -313,9 +314,9 @@ def test_where_pad_is_eos_the_reward_is_read_at_eos(tmp_path):
     with torch.no_grad():
         at_eos = judge.score(judge.base_model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
         stock = judge(torch.tensor([ids])).logits.item()
-    reward = reward_from_model(str(tmp_path), ppo_rlhf.Args())
+    reward = reward_from_model(ppo_rlhf.Args(), str(tmp_path))
     for others in ([], ["a much longer completion than the other one"]):
-        scores = reward(["he said"] * (1 + len(others)), [" abab", *others], [{}] * (1 + len(others)))
+        scores = reward([Example(prompt="he said")] * (1 + len(others)), [" abab", *others])
         assert scores[0].item() == pytest.approx(at_eos, abs=1e-5)
     assert abs(stock - at_eos) > 0.01
     rows = [make_row([5, 6], [7, tokenizer.eos_token_id]), make_row([5], [7, 8, 9, tokenizer.eos_token_id])]
@@ -345,10 +346,10 @@ class Table(torch.nn.Module):
         torch.nn.init.zeros_(self.table.weight)
         self.config, self.device, self.base_model = transformers.LlamaConfig(), torch.device("cpu"), self
 
-    def get_output_embeddings(self):
-        return self.head
+    def get_input_embeddings(self):
+        return self.table
 
-    def forward(self, input_ids, use_cache):
+    def forward(self, input_ids, use_cache=False):
         ids = torch.nn.functional.pad(input_ids, (2, 0))
         hidden = self.table(ids[:, :-2] * 25 + ids[:, 1:-1] * 5 + ids[:, 2:])  # [B, T, width]
         return transformers.utils.ModelOutput(last_hidden_state=hidden, logits=self.head(hidden))
@@ -388,14 +389,14 @@ def trained(seed, beta, steps=60, learning_rate=0.1, **kwargs):
     optimizer = torch.optim.AdamW([*policy.table.parameters(), *critic.table.parameters()], weight_decay=0.0)
     for step in range(steps):
         rollout, chosen = sampled(policy, 256)
-        scores, mask, plan = rewards.flatten()[chosen], rollout.completion_mask.bool(), update_plan(rollout, args)
-        old_logps, ref_logps, old_values = before_the_update(policy, reference, critic, rollout, plan, args)
-        advantages, returns = gae(kl_rewards(scores, old_logps, ref_logps, mask, beta), old_values, mask,
-                                  args.gamma, args.lam)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, learning_rate)
-        stats = update(policy, critic, optimizer, rollout, old_logps, old_values,
-                       whiten(advantages, mask) if args.whiten else advantages, returns, plan, args,
-                       lambda *numbers: None)
+        scores, plan = rewards.flatten()[chosen], update_plan(rollout.rows, args, 4096)
+        e = score_experience(policy, reference, critic, rollout, plan, args)
+        token_rewards = kl_rewards(scores, e.old_logps, e.ref_logps, e.mask, beta)
+        e.advantages, e.returns = gae(token_rewards, e.old_values, e.mask, args.gamma, args.lam)
+        if args.scale:
+            e.advantages = whiten(e.advantages, e.mask)
+        set_learning_rate(optimizer, step, steps, learning_rate)
+        stats = update(policy, critic, optimizer, e, plan, args, lambda *numbers: None)
         assert stats[0]["ratio"] == pytest.approx(1, abs=1e-6) and stats[0]["clip_fraction"] == 0
     return reference, rewards, policy
 
@@ -441,7 +442,7 @@ def test_run_directory(finished):
     rows = metrics_of(finished)
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     assert abs(rows[0]["kl"]) < 1e-5 and rows[0]["win_rate"] == 0.5 and rows[0]["proxy_reward"] != rows[0]["reward"]
-    steps = [row for row in rows if "value_loss" in row]
+    steps = [row for row in rows if row["phase"] == "train"]
     assert all(row["ratio_first"] == pytest.approx(1, abs=1e-6) and row["clip_fraction_first"] == 0 for row in steps)
     assert all(row["sampling_gap"] < 1e-4 for row in steps) and steps[2]["ratio"] != 1.0
     # the critic comes first
@@ -460,7 +461,7 @@ def test_run_directory(finished):
     assert all(isinstance(value, (int, float)) for value in results.values())
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {0, 2, 4, 6} and all("reward" in s for s in samples)
-    assert transformers.AutoModelForCausalLM.from_pretrained(finished).dtype == torch.bfloat16  # as tiny-sft came
+    assert transformers.AutoModelForCausalLM.from_pretrained(finished).dtype == torch.float32  # as it was trained
 
 
 @pytest.mark.parametrize("wait_for", [5])  # lines of metrics.jsonl
@@ -506,9 +507,9 @@ MISTAKES = {
     "a reward model that is nowhere": (["--reward-model", "nobody/judge"], None, "nobody/judge"),
     "a critic of another tokenizer": (["--critic-model", ROOT / "tests" / "golden" / "rm"], None, "--critic-model"),
     "a function that raises": ([], "return [1 / (p != 'Review of The Secret Song, a romance:') for p in prompts]",
-                               "Secret Song"),
+                               "ZeroDivisionError"),
     "a reward that is not a number": ([], "return [float('nan')] * len(prompts)", "nan"),
-    "too few rewards": ([], "return [0.0]", "1 rewards for"),
+    "too few rewards": ([], "return [0.0]", "1 numbers for"),
     "a learning rate that breaks it": (["--learning-rate", "1e30", "--max-steps", "3", "--critic-warmup", "0"], None,
                                        "update"),
 }
@@ -537,7 +538,7 @@ def test_a_reward_function_alone_and_chats(tmp_path, monkeypatch, capsys):
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
     flags = ["--dataset", "d.jsonl", "--reward-fn", "r.py:reward", "--chat-template", "chat.jinja",
-             "--clip-value", "inf"]
+             "--no-scale"]
     assert call(monkeypatch, capsys, *TINY, *flags) == (0, "")
     first = metrics_of(tmp_path / "runs" / "ppo_rlhf")[1]
     assert first["explained_variance"] == 0 and first["proxy_reward"] == first["reward"]
@@ -563,7 +564,7 @@ def test_an_update_that_goes_too_far_is_stopped(tmp_path, monkeypatch, capsys):
 
 
 def test_a_copied_script_runs_anywhere(tmp_path):
-    for name in ("ppo_rlhf.py", "common.py"):
+    for name in ("ppo_rlhf.py", "common.py", "harness.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"prompt": f"Review of {i}:"}) for i in range(20)))
     (tmp_path / "r.py").write_text(REWARD + "return [float(len(c)) for c in completions]\n")

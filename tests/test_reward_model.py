@@ -11,16 +11,22 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from common import ASSETS, encode_row, load_model, load_rows, load_tokenizer, pad_rows, reward_from_model, save_model
+import common
+from common import encode_row, head_scores, load_model, load_tokenizer, pad_rows, save_model, states_at_end
 from conftest import ROOT
-from reward_model import (Args, add_head, all_hidden, calibration, centre, differences_of, evaluation_metrics,
-                          pairwise_loss, plackett_luce_loss, rank_correlation, ranking_loss, scores, wilson_interval)
+from harness import ASSETS, Example, load_rows, reward_from_model, score_all
+from reward_model import (Args, add_head, calibration, centre, evaluation_metrics, pairs_of, pairwise_loss,
+                          plackett_luce_loss, rank_correlation, ranking_loss, wilson_interval)
 from test_runs import kill_at, metrics_of, run
 from tiny import ARCHITECTURES, byte_level
 
 GOLDEN = ROOT / "tests" / "golden"
 EXPECTED = json.loads((GOLDEN / "reward.json").read_text())
 CLASSIFIER = transformers.AutoModelForSequenceClassification
+
+
+def scores(model, rows):
+    return head_scores(model, states_at_end(model, [common.Row(*row) for row in rows]))
 
 
 # ----------------------------------------------------------------------------------------------- other people's numbers
@@ -102,8 +108,9 @@ def test_ranking_loss_averages_pairs_within_a_prompt_first():
         pairs = [-torch.nn.functional.logsigmoid(a - b) for a, b in itertools.combinations(own, 2)]
         expected.append(sum(pairs) / len(pairs))
     torch.testing.assert_close(ranking_loss(rewards, sizes), sum(expected) / 3)
-    assert differences_of(rewards, sizes).tolist() == [(a - b).item() for own in rewards.split(sizes) for a, b in
-                                                       itertools.combinations(own, 2)]
+    i, j = pairs_of(sizes)
+    assert (rewards[i] - rewards[j]).tolist() == [(a - b).item() for own in rewards.split(sizes) for a, b in
+                                                  itertools.combinations(own, 2)]
 
 
 def test_plackett_luce_sums_to_1_over_all_orders():
@@ -147,7 +154,8 @@ def test_scores_do_not_depend_on_padding_or_batches(name):
     torch.testing.assert_close(scores(model, ROWS), alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(scores(model, [*ROWS, ([1] * 30, [0] * 29 + [1])])[:3], alone, rtol=0, atol=1e-5)
     for size in (1, 2, None):
-        torch.testing.assert_close(model.score(all_hidden(model, ROWS, size)).squeeze(1), alone, rtol=0, atol=1e-5)
+        rows = [common.Row(*row) for row in ROWS]
+        torch.testing.assert_close(score_all(model, rows, size), alone.detach(), rtol=0, atol=1e-5)
     for side in ("right", "left"):
         both = torch.full((2, 3, 12), 3)  # ids filled with pad; mask
         both[1] = 0
@@ -168,7 +176,6 @@ def test_without_a_pad_of_its_own_a_model_gets_one(pad, tmp_path):
     config = transformers.GPT2Config(vocab_size=261, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=256,
                                      eos_token_id=256)
     tokenizer, model = byte_level(**({"pad_token": pad} if pad else {})), CLASSIFIER.from_config(config).eval()
-    model.saved_dtype = torch.float32
     add_head(model, tokenizer)
     assert tokenizer.pad_token == "<pad>" and model.config.pad_token_id == 261 != tokenizer.eos_token_id
     texts = [("ab", " hello"), ("a", " b"), ("what a", " nice day it is")]
@@ -178,8 +185,8 @@ def test_without_a_pad_of_its_own_a_model_gets_one(pad, tmp_path):
     batch = tokenizer([a + b + tokenizer.eos_token for a, b in texts], padding=True, padding_side="right",
                       return_tensors="pt")
     torch.testing.assert_close(stock(**batch).logits.squeeze(1), ours, rtol=0, atol=1e-5)
-    from_common = reward_from_model(str(tmp_path), Args(device="cpu"))(
-        [a for a, _ in texts], [b for _, b in texts], [{}] * 3)
+    examples = [Example(prompt=prompt) for prompt, _ in texts]
+    from_common = reward_from_model(Args(device="cpu"), str(tmp_path))(examples, [b for _, b in texts])
     torch.testing.assert_close(from_common, ours.detach(), rtol=0, atol=1e-5)
 
 
@@ -188,9 +195,9 @@ def test_centring_after_a_layer_norm_is_an_exact_shift():
     model = CLASSIFIER.from_config(copy.deepcopy(ARCHITECTURES["gpt2"])).eval()
     torch.nn.init.uniform_(model.transformer.ln_f.bias)
     torch.nn.init.uniform_(model.transformer.ln_f.weight, 0.5, 1.5)
-    model.saved_dtype = torch.float32
     add_head(model, type("", (), dict(eos_token_id=2, pad_token_id=3))())
-    rows = [([1, *torch.randint(4, 61, (n,)).tolist(), 2], [0, *[1] * (n + 1)]) for n in range(2, 60) for _ in range(4)]
+    rows = [common.Row([1, *torch.randint(4, 61, (n,)).tolist(), 2], [0, *[1] * (n + 1)])
+            for n in range(2, 60) for _ in range(4)]
     before = scores(model, rows[::2]).detach(), scores(model, rows[1::2]).detach()
     centre(model, rows[::2], None)
     after = scores(model, rows[::2]).detach(), scores(model, rows[1::2]).detach()
@@ -235,7 +242,8 @@ def test_tiny_rm_is_what_it_promises():
     rows = load_rows(str(ASSETS / "data" / "comparisons_heldout.jsonl"))
     answers = [(row["prompt"], row[name]) for row in rows for name in ("chosen", "rejected")]
     prompts, completions = zip(*answers)
-    rewards = reward_from_model(str(ASSETS / "tiny-rm"), Args(device="cpu"))(prompts, completions, rows)
+    examples = [Example(prompt=prompt) for prompt in prompts]
+    rewards = reward_from_model(Args(device="cpu"), str(ASSETS / "tiny-rm"))(examples, completions)
     metrics = evaluation_metrics(rewards, torch.tensor(sentiment(prompts, completions)), [2] * len(rows))
     assert metrics["accuracy"] > metrics["bayes_accuracy"] - 0.02
     assert metrics["accuracy_expected"] > metrics["bayes_accuracy_expected"] - 0.03
@@ -276,7 +284,7 @@ def finished(tmp_path_factory):
 def test_run_directory(finished):
     directory, _, output = finished
     rows = metrics_of(directory / "run")
-    assert "loss" in rows[0] and [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert rows[0]["phase"] == "eval" and "log_loss" in rows[0] and [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     samples = [json.loads(line) for line in (directory / "run" / "samples.jsonl").read_text().splitlines()]
     assert ({s["step"] for s in samples} == {0, 2, 4, 6}
             and all({"prompt", "completion", "reward"} <= set(s) for s in samples))
@@ -284,10 +292,10 @@ def test_run_directory(finished):
     assert set(results) >= {"accuracy", "accuracy_low", "accuracy_high", "log_loss", "ece", "bayes_accuracy",
                             "rank_correlation", "seconds"}
     assert all(isinstance(value, (int, float)) for value in results.values())
-    assert abs(results["reference_mean"]) < 0.02  # rounded to bfloat16, as tiny-sft came
-    assert "predicted" in output and "margin" in output
+    assert abs(results["reference_mean"]) < 1e-5  # nothing is rounded on the way
+    assert "predicted" in output
     model = CLASSIFIER.from_pretrained(directory / "run")
-    assert model.num_labels == 1 and model.dtype == torch.bfloat16 and model.config.pad_token_id == 2
+    assert model.num_labels == 1 and model.dtype == torch.float32 and model.config.pad_token_id == 2
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
@@ -325,10 +333,11 @@ ROW = {"prompt": "Review of The Lost King, a drama:", "chosen": " The plot is go
 RANKING = {"prompt": ROW["prompt"], "responses": [" good.", " bad."]}
 MISTAKES = {
     "a margin that is no number": ([{**ROW, "margin": "much"}], [], "margin"),
-    "a margin in some rows only": ([{**ROW, "margin": 1.0}, ROW], [], "row 2"),
+    "a margin in some rows only": ([{**ROW, "margin": 1.0}, ROW], [], "margin"),
     "a ranking of one": ([{**RANKING, "responses": [" good."]}], [], "at least two"),
-    "an empty answer in a ranking": ([{**RANKING, "responses": [" good.", " "]}], [], "empty"),
+    "a ranking of equal completions": ([{**RANKING, "responses": [" good.", " good."]}], [], "identical"),
     "a ranking without a prompt": ([{"responses": [" a", " b"]}], [], "prompt"),
+    "responses that are no list": ([{**RANKING, "responses": "good"}], [], "responses"),
     "no judgements": ([{"prompt": "a", "completion": "b"}], [], "chosen"),
     "margins and rankings": ([{**ROW, "margin": 1.0, "responses": None},
                               {**RANKING, "responses": [" a", " b", " c"], "chosen": None, "rejected": None}], [],
@@ -343,7 +352,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(name, tmp_path, monkeypatch, capsys):
     import reward_model
-    from common import run_script
+    from harness import run_script
     rows, flags, what = MISTAKES[name]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
@@ -351,4 +360,5 @@ def test_mistakes(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(reward_model.main, reward_model.Args)
     errors = capsys.readouterr().err
-    assert stop.value.code == 2 and what in errors and errors.count("\n") == 1, errors
+    assert stop.value.code == 2 and what in errors, errors
+    assert errors.count("\n") == 1 or name == "an unknown loss", errors  # which tyro prints, framed

@@ -1,4 +1,5 @@
-"""sft_loss and the path that leads to it, against TRL's numbers."""
+"""sft_loss and the path that leads to it, against TRL's numbers; and what carries loss in each form
+of demonstration."""
 
 import json
 
@@ -6,29 +7,50 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import encode_row, load_model, load_tokenizer, pad_rows, token_logprobs
+from common import Row, UserError, load_model, load_tokenizer, pad_rows, token_logprobs
 from conftest import ROOT
-from sft import Args, encode_demonstration, sft_loss
+from sft import Args, batch_loss, load_demonstrations, sft_loss
+from test_text import CONVERSATION, COUNTED, TOOLS, chat_tokenizer
+from tiny import model_of
 
 GOLDEN = ROOT / "tests" / "golden"
 EXPECTED = json.loads((GOLDEN / "sft.json").read_text())
 
 
+def demonstrations(tmp_path, examples, model, tokenizer, **flags):
+    """Written to a file and read as sft.py reads it -> [Row]"""
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    args = Args(dataset=str(path), eval_dataset=str(path), **flags)
+    train, held_out = load_demonstrations(args, model, tokenizer)
+    assert train == held_out
+    return [row for _, row in train]
+
+
+# --- other people's numbers ---
+
+
 @pytest.mark.parametrize("which", ["completion_only", "full_sequence"])
-def test_golden_text_to_loss_to_gradient(which):
-    model, tokenizer = load_model(str(GOLDEN / "policy")), load_tokenizer(str(GOLDEN / "policy"))
-    args = Args(train_on_prompt=which == "full_sequence")
-    rows = [encode_demonstration(row, tokenizer, [2], args)[0] for row in EXPECTED["text"]]
+def test_golden_text_to_loss_to_gradient(which, tmp_path):
+    model, tokenizer = (load(str(GOLDEN / "policy")) for load in (load_model, load_tokenizer))
+    flags = dict(train_on_prompt=which == "full_sequence")
+    rows = demonstrations(tmp_path, EXPECTED["text"], model, tokenizer, **flags)
     input_ids, mask = pad_rows(rows)
-    completion_only = which == "completion_only"
-    labels = torch.tensor(EXPECTED["inputs"]["labels"] if completion_only else EXPECTED["labels_full_sequence"])
+    labels = EXPECTED["inputs"]["labels"]
+    if which == "full_sequence":
+        labels = EXPECTED["labels_full_sequence"]
+    labels = torch.tensor(labels)
     labels[:, 0] = -100  # nothing predicts the first token
     assert torch.equal(torch.where(mask.bool(), input_ids, -100), labels)
-    loss = sft_loss(token_logprobs(model, input_ids, None, mask), mask)
-    loss.backward()
-    assert loss.item() == pytest.approx(EXPECTED["expected"][which]["loss"], abs=1e-5)
+
+    expected = EXPECTED["expected"][which]
+    with torch.no_grad():
+        assert sft_loss(token_logprobs(model, input_ids, mask), mask).item() == pytest.approx(
+            expected["loss"], abs=1e-5)
+    loss = batch_loss(model, rows, Args(micro_batch_size=3), train=True)
+    assert loss == pytest.approx(expected["loss"], abs=1e-5)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    assert norm == pytest.approx(EXPECTED["expected"][which]["grad_norm"], rel=1e-4)
+    assert norm == pytest.approx(expected["grad_norm"], rel=1e-4)
     if which == "completion_only":
         gradients = load_file(GOLDEN / "grads_sft.safetensors")
         for name, parameter in model.named_parameters():
@@ -40,18 +62,105 @@ def test_the_loss_is_a_mean_over_masked_tokens():
     assert sft_loss(logps, torch.tensor([[0, 1, 1], [0, 0, 1]])).item() == 3.0
 
 
-def test_one_row_at_a_time_gives_the_same_gradient():
+def test_one_row_at_a_time_gives_the_same_gradient(tmp_path):
     """1 x 8 = 8 x 1: the mean is over the tokens of the batch, not over rows or micro-batches."""
-    model = load_model(str(GOLDEN / "policy"))
-    tokenizer = load_tokenizer(str(GOLDEN / "policy"))
-    rows = [encode_row(tokenizer, row["prompt"], row["completion"], [2]) for row in EXPECTED["text"]]
+    model, tokenizer = (load(str(GOLDEN / "policy")) for load in (load_model, load_tokenizer))
+    rows = demonstrations(tmp_path, EXPECTED["text"], model, tokenizer)
+    assert len({sum(mask) for _, mask in rows}) > 2  # of different lengths, or nothing is tested
     gradients = []
-    for size in (len(rows), 1):
+    for size in (None, 1):
         model.zero_grad()
-        tokens = sum(sum(mask) for _, mask in rows)
-        for start in range(0, len(rows), size):
-            input_ids, mask = pad_rows(rows[start:start + size])
-            (sft_loss(token_logprobs(model, input_ids, None, mask), mask) * (mask.sum() / tokens)).backward()
+        batch_loss(model, rows, Args(micro_batch_size=size), train=True)
         gradients.append([p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for together, apart in zip(*gradients):
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+
+
+# --- what carries loss ---
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """A model with a word for each of the tokenizer's"""
+    tokenizer, model = chat_tokenizer(), model_of("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings = 128
+    return model, tokenizer
+
+
+def learnt(tokenizer, row):
+    return tokenizer.decode([token for token, m in zip(*row) if m])
+
+
+def test_every_turn_of_the_assistant_is_learnt(chat, tmp_path):
+    model, tokenizer = chat
+    share_gpt = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
+                 for m in CONVERSATION]
+    forms = [{"messages": CONVERSATION}, {"conversations": share_gpt},
+             {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}]
+    rows = demonstrations(tmp_path, forms, model, tokenizer)
+    assert rows == rows[:1] * 3
+    assert learnt(tokenizer, rows[0]) == "ab<|im_end|>y<|im_end|>"
+
+
+def test_turns_that_the_template_rewrites_are_rows_of_their_own(chat, tmp_path):
+    model, tokenizer = chat[0], chat_tokenizer(COUNTED)
+    rows = demonstrations(tmp_path, [{"messages": CONVERSATION}], model, tokenizer)
+    assert [learnt(tokenizer, row) for row in rows] == ["ab<|im_end|>", "y<|im_end|>"]
+
+
+def test_prompt_and_completion(chat, tmp_path):
+    """Texts, messages, or a text as the one turn of an answer."""
+    model, tokenizer = chat
+    forms = [{"prompt": "he", "completion": "ab"},
+             {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:2]},
+             {"prompt": CONVERSATION[:1], "completion": "ab"}]
+    text, turn, mixed = demonstrations(tmp_path, forms, model, tokenizer)
+    assert tokenizer.decode(text.ids) == "heab<|im_end|>"
+    assert {learnt(tokenizer, row) for row in (text, turn, mixed)} == {"ab<|im_end|>"}
+    assert turn == mixed
+    rows = demonstrations(tmp_path, [{"prompt": "he", "chosen": "ab"}], model, tokenizer,
+                          completion_column="chosen")
+    assert rows == [text]
+
+
+def test_a_text_is_learnt_from_its_second_token(chat, tmp_path):
+    model, tokenizer = chat
+    rows = demonstrations(tmp_path, [{"text": "heab"}, {"text": "heab<|im_end|>"}], model, tokenizer)
+    assert rows[0] == rows[1] and learnt(tokenizer, rows[0]) == "ab<|im_end|>"
+
+
+def test_train_on_prompt_puts_the_loss_on_all_tokens(chat, tmp_path):
+    model, tokenizer = chat
+    forms = [{"messages": CONVERSATION}, {"prompt": "he", "completion": "ab"}]
+    for row in demonstrations(tmp_path, forms, model, tokenizer, train_on_prompt=True):
+        assert row == Row(row.ids, [0] + [1] * (len(row.ids) - 1))
+
+
+def test_tools_stand_in_the_prompt(chat, tmp_path):
+    model, tokenizer = chat[0], chat_tokenizer(TOOLS)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    forms = [{"messages": CONVERSATION[:2], "tools": json.dumps(tools)},
+             {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:2], "tools": tools}]
+    for row in demonstrations(tmp_path, forms, model, tokenizer):
+        assert tokenizer.decode(row.ids).startswith("add\n<|im_start|>user")
+
+
+def test_what_cannot_teach_is_skipped_and_counted(chat, tmp_path, capsys):
+    model, tokenizer = chat
+    long = {"prompt": "x" * 200, "completion": "ab"}
+    forms = [{"messages": CONVERSATION[:1]}, {"messages": CONVERSATION[:2]}, long, long]
+    rows = demonstrations(tmp_path, forms, model, tokenizer)
+    assert [learnt(tokenizer, row) for row in rows] == ["ab<|im_end|>"]
+    output = capsys.readouterr().out
+    assert f"1 rows skipped: no assistant turn (first: --dataset {tmp_path}/d.jsonl, row 1)" in output
+    assert "2 rows skipped: the prompt leaves no room within --max-length (128 tokens)" in output
+    assert "row 3" in output
+    with pytest.raises(UserError, match="no row is left to learn from"):
+        demonstrations(tmp_path, forms[:1], model, tokenizer)
+
+
+def test_an_empty_completion_is_learnt_as_its_end(chat, tmp_path):
+    model, tokenizer = chat
+    (row,) = demonstrations(tmp_path, [{"prompt": "he", "completion": ""}], model, tokenizer)
+    assert learnt(tokenizer, row) == "<|im_end|>"

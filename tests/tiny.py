@@ -20,7 +20,7 @@ ARCHITECTURES = {
                                         query_pre_attn_scalar=8),
     "gemma3": transformers.Gemma3TextConfig(**SMALL, sliding_window=6, query_pre_attn_scalar=8),
     "gpt2": transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1,
-                                    eos_token_id=2),
+                                    eos_token_id=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
     "gpt_neox": transformers.GPTNeoXConfig(**WITHOUT_GROUPS),
     "cohere": transformers.CohereConfig(**SMALL, logit_scale=0.3),
     "granite": transformers.GraniteConfig(**SMALL, logits_scaling=3.0),
@@ -82,7 +82,8 @@ def byte_level(**kwargs) -> PreTrainedTokenizerFast:
 
 def saved_language(directory, seed: int, prefix: str = "", std: float = 0.3):
     """A Llama of six words, "." among them for EOS, in Hugging Face form. Its completions of at most two tokens are
-    listed: -> [31 ids], of which each has probability exp(sequence_logprobs)."""
+    listed: -> [31 ids], of which each has probability exp(sequence_logprobs). Its tokenizer puts the prefix before
+    every prompt."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(
         vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -92,10 +93,10 @@ def saved_language(directory, seed: int, prefix: str = "", std: float = 0.3):
             torch.nn.init.normal_(parameter, std=std)
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, ".": 1, "a": 2, "b": 3, "c": 4, "d": 5}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    before = ["<s>", *prefix.split()]  # of every prompt: a policy of reward_conditioning.py adds its label itself
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join([*before, "$A"]), special_tokens=[(word, tokenizer.token_to_id(word)) for word in before])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=".", model_max_length=16)
-    if prefix:
-        tokenizer.init_kwargs["prompt_prefix"] = prefix
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return [[1]] + [[first, second] for first in (0, 2, 3, 4, 5) for second in range(6)]

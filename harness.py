@@ -1,0 +1,981 @@
+"""What a reader of the scripts may skip: flags, errors, data, rewards, run directory, tables."""
+
+import asyncio
+import contextlib
+import copy
+import csv
+import errno
+import fcntl
+import gzip
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_type_hints
+
+import common  # first: it keeps transformers quiet
+import numpy
+import safetensors
+import torch
+import torch.distributed as dist
+import tyro
+from common import UserError, all_reduce, encode_prompt, encode_row, load_model, load_tokenizer
+from common import make_row, rank, window
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
+
+ASSETS = Path(__file__).resolve().parent / "assets"  # the embedded world; copied scripts lack it
+GOLD = f"{ASSETS / 'rewards.py'}:sentiment"
+
+# --- flags ---
+
+POSITIVE = (lambda x: 0 < x < math.inf, "a number greater than 0")
+Count = Annotated[int, POSITIVE]
+Positive = Annotated[float, POSITIVE]
+NonNegative = Annotated[float, (lambda x: 0 <= x < math.inf, "a number, at least 0")]
+Share = Annotated[float, (lambda x: 0 <= x <= 1, "a number from 0 to 1")]
+
+
+@dataclass
+class RunArgs:
+    """What is the same in every script."""
+
+    output_dir: str = "runs"
+    """directory for everything that the run writes"""
+    max_length: Count | None = None
+    """tokens per row, prompt and completion; default: the model's window, at most 1,024"""
+    micro_batch_size: Count | None = None
+    """rows (or pairs) per forward pass; default: as many as fit into 4,096 tokens"""
+    reward_timeout: Positive = 300.0
+    """seconds that one call of a reward function may take"""
+    save_every: Count = 50
+    """steps between checkpoints"""
+    resume: bool = False
+    """continue from the checkpoint in --output-dir"""
+    seed: int = 0
+    """seed of data order and sampling"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: the GPU if there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of forward passes; auto: bfloat16 autocast on GPUs, else float32"""
+    replicas: Count = 1
+    """under torchrun: copies of the model, each divided among as many processes"""
+    chat_template: str | None = None
+    """Jinja file to use instead of the tokenizer's chat template"""
+    tensorboard: bool = False
+    """also write TensorBoard events"""
+
+
+@dataclass
+class TrainArgs(RunArgs):
+    """What is the same in every script that trains."""
+
+    max_steps: Count | None = None
+    """number of steps, whatever --epochs says"""
+    max_grad_norm: Positive = 1.0
+    """norm that gradients are clipped to"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    lora_rank: Annotated[int, (lambda x: x >= 0, "0 or a rank")] = 0
+    """train adapters of this rank instead of all weights, at about ten times the learning rate"""
+    lora_alpha: Positive | None = None
+    """the adapters' output is multiplied by alpha / rank; default: the rank"""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the saved weights; bfloat16 loses most updates of a real model"""
+
+
+def check_numbers(args) -> None:
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        for kind in (hint, *get_args(hint)):
+            notes = getattr(kind, "__metadata__", ())
+            for holds, what in (note for note in notes if isinstance(note, tuple)):  # not tyro's
+                value = getattr(args, name)
+                if value is not None and not holds(value):
+                    raise UserError(f"--{name.replace('_', '-')} {value}: give {what}")
+
+
+# --- errors ---
+
+
+def run_script(main, args_class) -> None:
+    """Parse the command line, call main(args), and print a user's mistake as one line."""
+    own = [name for name in RunArgs.__dataclass_fields__ | TrainArgs.__dataclass_fields__]
+    fields = args_class.__dataclass_fields__
+    for name in own:  # --help lists the algorithm's flags first
+        if name in fields:
+            fields[name] = fields.pop(name)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")  # whatever the locale
+    store = None
+    try:
+        args = tyro.cli(args_class, description=sys.modules[args_class.__module__].__doc__)
+        check_numbers(args)
+        if hasattr(args, "device") and dist.is_torchelastic_launched():
+            store = join_processes(args.device)
+        main(args)
+        if torch.cuda.is_available():
+            print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        message = "interrupted: --resume continues from the last checkpoint"
+    except (UserError, OSError, MemoryError, RuntimeError, safetensors.SafetensorError) as error:
+        message = explain(error)
+        if message is None:
+            raise
+    if store is None or store.add("mistakes", 1) == 1:  # of many processes, the first to see it
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain(error: Exception) -> str | None:
+    """What went wrong and how to fix it; None for a fault of the program's own."""
+    smaller = "lower --micro-batch-size or --max-length, or pass --gradient-checkpointing"
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: {smaller}"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"out of memory: {smaller}"
+    full = "No space left", "File too large", "quota"
+    if any(what in str(error) for what in full):
+        return f"{error}: free the space, or choose another --output-dir"
+    return str(error) if isinstance(error, OSError) else None
+
+
+def join_processes(device: str):
+    """Find the other processes that torchrun started. Only the first one prints."""
+    if os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")
+    gpu = common.pick_device(device).type == "cuda"
+    store, own_rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=own_rank,
+                            world_size=size)
+    return store
+
+
+def is_embedded(args) -> bool:
+    """Whether the data is the embedded world's; its held-out rows are then the default."""
+    if args.dataset != type(args).dataset:
+        return False
+    args.eval_dataset = args.eval_dataset or args.dataset.replace(".jsonl", "_heldout.jsonl")
+    return True
+
+
+# --- data files ---
+
+
+class Example(dict):
+    """A data row, its columns by name. `where` it stands in the user's file begins every message
+    about it."""
+
+    where = "row"
+
+
+def load_rows(name: str, split: str = "train", flag: str = "--dataset") -> list[Example]:
+    """A Hub id, id:config, or a local .jsonl, .json, .csv (also .gz) or .parquet file, or a
+    directory -> the rows of a split, or of a part of it such as train[:100]."""
+    path = Path(name)
+    parsed = re.fullmatch(r"([\w.-]*)(?:\[(-?\d*)(%?):(-?\d*)(%?)\])?", split)
+    if parsed is None:
+        raise UserError(f"{flag} {name}: {split!r} is no split: give one such as train[:100]")
+    if path.is_file():
+        splits = {"train": lambda: read_file(path, flag)}
+    elif path.suffix.lower() in (".jsonl", ".json", ".csv", ".gz", ".parquet"):
+        raise UserError(f"{flag} {name}: no such file")
+    else:
+        splits = splits_of(path, flag)
+    wanted, first, first_unit, last, last_unit = parsed.groups()
+    if len(splits) == 1:
+        wanted = next(iter(splits))
+    if wanted not in splits:
+        raise UserError(f"{flag} {name}: no split {wanted!r}: choose one of {', '.join(splits)}")
+    rows = splits[wanted]()
+    bounds = []
+    for bound, unit in ((first, first_unit), (last, last_unit)):
+        bound = int(bound) if bound else None
+        bounds.append(len(rows) * bound // 100 if bound is not None and unit else bound)
+    rows = rows[slice(*bounds)]
+    if not rows:
+        raise UserError(f"{flag} {name}: has no rows in {split}")
+    digest = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+    common.FINGERPRINTS[f"{flag} {name}"] = digest
+    return rows
+
+
+def splits_of(path: Path, flag: str) -> dict:
+    """A directory or a Hub id -> its splits by name, each a function that reads it."""
+    if path.is_dir() and not any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
+        files = [f for f in sorted(path.iterdir()) if re.search(FILES, f.name, re.IGNORECASE)]
+        names = {re.split(r"[-_.]", f.name.lower())[0]: [] for f in files}
+        for file in files:  # train.jsonl, train-00000-of-00002.parquet ...
+            names[re.split(r"[-_.]", file.name.lower())[0]].append(file)
+        if files:
+            return {name: lambda files=files: [row for f in files for row in read_file(f, flag)]
+                    for name, files in names.items()}
+    import datasets  # here, because it is slow to import
+    datasets.disable_progress_bars()
+    try:
+        if path.is_dir() and not (path / "data").is_dir():
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(*str(path).split(":", 1))
+    except Exception as error:  # datasets raises many kinds
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{flag} {path}: cannot be read ({cause}): give a Hub id, id:config, or a "
+                        ".jsonl, .json, .csv or .parquet file or directory")
+    found = found if isinstance(found, dict) else {"train": found}
+    return {name: lambda rows=rows: numbered(enumerate(rows, 1), f"{flag} {path}")
+            for name, rows in found.items()}
+
+
+FILES = r"\.(jsonl|json|csv|parquet)(\.gz)?$"
+
+
+def read_file(path: Path, flag: str) -> list[Example]:
+    """Its rows as they are written: no text becomes a number or a date."""
+    kind = re.search(FILES, path.name, re.IGNORECASE)
+    if kind is None:
+        raise UserError(f"{flag} {path}: is no .jsonl, .json, .csv or .parquet file")
+    kind, where = kind[1].lower(), f"{flag} {path}"
+    if kind == "parquet":
+        from pyarrow import parquet  # comes with datasets
+        return numbered(enumerate(parquet.read_table(path).to_pylist(), 1), where)
+    try:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{where}: cannot be read ({error}): write it as UTF-8 text")
+    if kind == "csv":
+        return numbered(enumerate(read_csv(text, where), 1), where)
+    if kind == "json":
+        with contextlib.suppress(json.JSONDecodeError):
+            rows = json.loads(text)
+            return numbered(enumerate(rows if isinstance(rows, list) else [rows], 1), where)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}, line {number}: not JSON ({error}): fix or delete it")
+    return numbered(rows, where)
+
+
+def read_csv(text: str, where: str) -> list[dict]:
+    csv.field_size_limit(2**31 - 1)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{where}: not a CSV file ({error}): check its quotes")
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise UserError(f"{where}, row {number}: more fields than the header has columns")
+    return rows
+
+
+def numbered(rows, where: str) -> list[Example]:
+    examples = []
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}, row {number}: is {str(row)[:40]!r}: give named columns")
+        example = Example({name: value for name, value in row.items() if value is not None})
+        example.where = f"{where}, row {number}"
+        examples.append(example)
+    return examples
+
+
+# --- rows to checked examples ---
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+         "observation": "tool", "function_response": "tool"}  # ShareGPT's
+
+
+class Skip(Exception):
+    """A row that cannot teach. It is left out and counted."""
+
+
+def messages_of(value, name: str):
+    """A text stays a text; messages (OpenAI's or ShareGPT's keys, or their JSON text) become
+    [{"role", "content", ...}], contents as texts."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(m, dict) for m in value):
+        raise UserError(f"{name!r} is {str(value)[:40]!r}: give a text or a list of messages")
+    messages = []
+    for message in value:
+        message = {key: x for key, x in message.items() if x is not None}
+        role = message.pop("from", None) or message.get("role")
+        content = message.pop("value", None) or message.get("content", "")
+        if isinstance(content, list):
+            if any(part.get("type") != "text" for part in content):
+                raise UserError(f"{name!r} has content that is no text: only texts can be read")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(f"a message of {name!r} needs a role and a text as content")
+        messages.append({**message, "role": ROLES.get(role, role), "content": content})
+    return messages
+
+
+def column(row: Example, name: str):
+    """The text or messages in a column, which must be there."""
+    if row.get(name) is None:
+        names = ", ".join(row) or "none"
+        raise UserError(f"no {name!r} (columns: {names}): rename the column that holds it")
+    return messages_of(row[name], name)
+
+
+def conversational(prompt, *completions):
+    """Prompt and completions, all texts or all messages: a text among messages is one turn."""
+    if all(isinstance(x, str) for x in (prompt, *completions)):
+        return prompt, *completions
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    as_turns = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c
+                for c in completions]
+    if all(turns[:len(prompt)] == prompt for turns in as_turns):  # UltraFeedback repeats it
+        as_turns = [turns[len(prompt):] for turns in as_turns]
+    if not all(turns and turns[0]["role"] == "assistant" for turns in as_turns):
+        raise Skip("no assistant turn")
+    return prompt, *as_turns
+
+
+def comparison(row: Example):
+    """-> (prompt, chosen, rejected). Without a prompt column it is what both begin with: whole
+    messages, a text up to its last "\\n\\nAssistant:" (Anthropic's HH), or whole words."""
+    chosen, rejected = column(row, "chosen"), column(row, "rejected")
+    if type(chosen) is not type(rejected):
+        raise UserError("'chosen' and 'rejected' must both be texts or both be lists of messages")
+    if chosen == rejected:
+        raise Skip("chosen and rejected are identical")
+    whole = isinstance(chosen, list) and chosen[:1] == rejected[:1] and isinstance(
+        row.get("prompt"), (str, type(None)))  # both repeat the prompt, a system message before it
+    if row.get("prompt") is not None and not whole:
+        return conversational(column(row, "prompt"), chosen, rejected)
+    pairs = enumerate(zip(chosen, rejected))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, str):
+        turn = chosen[:shared].rfind("\n\nAssistant:")
+        space = max(chosen[:shared].rfind(" "), chosen[:shared].rfind("\n"))
+        shared = turn + len("\n\nAssistant:") if turn >= 0 else space
+    if shared <= 0:
+        raise UserError("'chosen' and 'rejected' share no prompt: add a 'prompt' column")
+    return conversational(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def tools_of(row: Example):
+    """The `tools` column, a list or its JSON text; None where it is absent or empty."""
+    tools = row.get("tools")
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+
+
+@dataclass
+class Limits:
+    """What the models that read the rows allow."""
+
+    max_length: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, args, *models):
+        longest = min(window(model) for model in models)
+        if args.max_length is not None and args.max_length > longest:
+            raise UserError(f"--max-length {args.max_length}: the model's window is {longest} tokens")
+        words = min(model.get_input_embeddings().num_embeddings for model in models)
+        return cls(args.max_length or min(longest, 1024), words)
+
+    def check(self, row, room: int):
+        """The row, truncated where it is too long. room: tokens that must be left for sampling."""
+        if max(row.ids) >= self.vocabulary:
+            raise UserError(f"token {max(row.ids)} is none of the model's {self.vocabulary}: the "
+                            "tokenizer is not the model's")
+        first = row.mask.index(1) if 1 in row.mask else len(row.ids) + room - 1
+        if first >= self.max_length:
+            flag = "--max-length and --max-new-tokens" if room else "--max-length"
+            raise Skip(f"the prompt leaves no room within {flag} ({self.max_length} tokens)")
+        return type(row)(row.ids[:self.max_length], row.mask[:self.max_length])
+
+
+def encode_examples(examples, encode, limits: Limits, room=0) -> list[tuple[Example, list]]:
+    """-> [(example, rows)] by encode(example) -> rows. What cannot teach is skipped and counted;
+    what is wrong is one line."""
+    kept, skipped, truncated = [], {}, 0
+    for example in examples:
+        try:
+            rows = encode(example)
+            checked = [limits.check(row, room) for row in rows]
+            kept.append((example, checked))
+            truncated += rows != checked
+        except Skip as reason:
+            skipped.setdefault(str(reason), []).append(example.where)
+        except UserError as error:
+            raise UserError(f"{example.where}: {error}")
+    reasons = [f"{len(places)} rows skipped: {reason} (first: {places[0]})"
+               for reason, places in skipped.items()]
+    if not kept:
+        raise UserError(f"no row is left to learn from: {'; '.join(reasons)}")
+    if truncated:
+        reasons.append(f"{truncated} rows are truncated at {limits.max_length} tokens")
+    for reason in reasons:
+        print(reason, flush=True)
+    return kept
+
+
+def load_examples(args, encode, limits: Limits, room=0) -> tuple[list, list]:
+    """-> training and held-out [(example, rows)]: --eval-dataset, or a tenth of the prompts of
+    --dataset. No prompt is on both sides of that tenth."""
+    rows = load_rows(args.dataset, args.split)
+    if args.eval_dataset:
+        held_out = load_rows(args.eval_dataset, args.eval_split, "--eval-dataset")
+        return (encode_examples(rows, encode, limits, room),
+                encode_examples(held_out, encode, limits, room))
+    return hold_out(encode_examples(rows, encode, limits, room), args.seed)
+
+
+def hold_out(encoded: list, seed: int, most: int = 500) -> tuple[list, list]:
+    prompts = [json.dumps(example.get("prompt", number), default=str)
+               for number, (example, _) in enumerate(encoded)]
+    different = list(dict.fromkeys(prompts))
+    if len(different) < 2:
+        raise UserError("all rows have the same prompt, and one must be held out: give more rows, "
+                        "or an --eval-dataset")
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed))
+    size = max(1, min(most, len(different) // 10))
+    chosen = {different[i] for i in order[:size].tolist()}
+    train = [x for x, prompt in zip(encoded, prompts) if prompt not in chosen]
+    return train, [x for x, prompt in zip(encoded, prompts) if prompt in chosen]
+
+
+def load_prompts(args, model, tokenizer) -> tuple[list, list]:
+    """-> training and held-out prompts that leave room for --max-new-tokens, [(example, ids)]."""
+    def encode(example):
+        example["prompt"] = column(example, args.prompt_column)
+        ids = encode_prompt(tokenizer, example["prompt"], tools_of(example))
+        return [make_row(ids, [])]
+
+    train, held_out = load_examples(args, encode, Limits.of(args, model), args.max_new_tokens)
+    return [(example, row.ids) for example, (row,) in train], different_prompts(held_out, args)
+
+
+def different_prompts(encoded, args) -> list[tuple[Example, list[int]]]:
+    """The first --eval-prompts different prompts of [(example, rows)] -> [(example, ids)]."""
+    found = {}
+    for example, (row, *_) in encoded:
+        prompt_length = row.mask.index(1) if 1 in row.mask else len(row.ids)
+        ids = row.ids[:prompt_length]
+        found.setdefault(tuple(ids), (example, ids))
+    return list(found.values())[:args.eval_prompts]
+
+
+def batches(num_rows: int, batch_size: int, epochs: float, max_steps, seed: int) -> list[list[int]]:
+    """The indices of every update, shuffled anew each epoch: a function of the seed alone."""
+    steps = max_steps or max(1, round(epochs * num_rows / batch_size))
+    generator, order = torch.Generator().manual_seed(seed), []
+    while len(order) < steps * batch_size:
+        order += torch.randperm(num_rows, generator=generator).tolist()
+    return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
+
+
+# --- rewards ---
+
+
+def load_function(flag: str, spec: str):
+    """FILE.py:function -> the function. Its module sees its own directory first, and ours last:
+    `import evaluate` then is the library."""
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise UserError(f"{flag} {spec}: no such file: give FILE.py:function")
+    directory, ours = str(Path(file).resolve().parent), str(ASSETS.parent)
+    sys.path[:] = [p for p in sys.path if p and str(Path(p).resolve()) not in (directory, ours)]
+    sys.path.insert(len(sys.path) if directory == ours else 0, directory)
+    sys.path.append(ours)
+    name_in_sys = Path(file).stem if Path(file).stem not in sys.modules else f"user_{Path(file).stem}"
+    module_spec = importlib.util.spec_from_file_location(name_in_sys, file)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name_in_sys] = module  # dataclasses and process pools look their module up
+    try:
+        with as_guest():
+            module_spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:
+        raise UserError(f"{flag} {spec}: {type(error).__name__}: {error}: fix the file")
+
+
+@contextlib.contextmanager
+def as_guest():
+    """What a user's function changes is put back: random states, gradient mode, directory."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), os.getcwd()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        os.chdir(states[3])
+
+
+class TimedOut(BaseException):
+    """Not an Exception: `except Exception` in a user's function must not swallow it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """TimedOut in the main thread after so many seconds, and again until the function gives in."""
+    finished, main = threading.Event(), threading.main_thread().ident
+
+    def interrupt(*_):
+        if not finished.is_set():
+            raise TimedOut
+
+    def watch():
+        wait = seconds
+        while not finished.wait(wait):
+            signal.pthread_kill(main, signal.SIGUSR1)
+            wait = 0.1
+
+    before, watcher = signal.signal(signal.SIGUSR1, interrupt), threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def call_user(flag: str, spec: str, function, arguments: dict, seconds: float) -> list:
+    """A user's function on copies of its arguments -> its numbers, None for "not applicable"."""
+    wanted = inspect.signature(function).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in wanted):
+        names = {p.name for p in wanted}
+        arguments = {name: x for name, x in arguments.items() if name in names}
+    try:
+        with as_guest(), time_limit(seconds):
+            values = function(**copy.deepcopy(arguments))
+            if inspect.isawaitable(values):
+                values = asyncio.run(values)
+    except TimedOut:
+        raise UserError(f"{flag} {spec}: no result within {seconds:g} seconds: make it faster, or "
+                        "raise --reward-timeout")
+    except Exception as error:
+        raise UserError(f"{flag} {spec} raised {type(error).__name__}: {error}: fix the function")
+    if isinstance(values, (torch.Tensor, numpy.ndarray)):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise UserError(f"{flag} {spec} returned a {type(values).__name__}: return a list of numbers")
+    number = len(arguments["prompts"]) if "prompts" in arguments else None
+    if number is not None and len(values) != number:
+        raise UserError(f"{flag} {spec} returned {len(values)} numbers for {number} completions: "
+                        "return one for each")
+    return list(values)
+
+
+def columns_of(examples: list[Example]) -> dict:
+    """Further columns, which reach a user's function by their names."""
+    reserved = {"prompt", "completion", "prompts", "completions", "completion_ids"}
+    names = {name: None for example in examples for name in example if name not in reserved}
+    return {name: [example.get(name) for example in examples] for name in names}
+
+
+def as_turn(prompt, completion: str):
+    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+
+
+def load_reward(args, spec=None, model_name=None, chat_template=None, optional=False):
+    """-> reward(examples, completions, completion_ids=None) -> [n] fp32; None where neither a
+    function nor a model is given. optional: NaN where the function says None."""
+    if spec and model_name:
+        raise UserError("--reward-fn and --reward-model: give one of them")
+    if model_name:
+        return reward_from_model(args, model_name, chat_template)
+    return reward_from_function(args, spec, optional) if spec else None
+
+
+def reward_from_function(args, spec: str, optional=False):
+    """FILE.py:function in TRL's convention: f(prompts, completions, completion_ids, **columns) ->
+    numbers. The first process calls it on the whole batch, so groups stay whole."""
+    function, flag = load_function("--reward-fn", spec), "--reward-fn"
+
+    def reward(examples, completions, completion_ids=None):
+        if rank() > 0:
+            return all_reduce(torch.zeros(len(examples)))
+        prompts = [example["prompt"] for example in examples]
+        turns = [as_turn(p, c) for p, c in zip(prompts, completions)]
+        arguments = dict(columns_of(examples), prompts=prompts, completions=turns,
+                         completion_ids=completion_ids, trainer_state=None)
+        values = call_user(flag, spec, function, arguments, args.reward_timeout)
+        if len(values) != len(examples):
+            raise UserError(f"{flag} {spec} returned {len(values)} rewards for {len(examples)} "
+                            "completions: return one for each")
+        rewards = torch.zeros(len(examples))
+        for i, (example, value) in enumerate(zip(examples, values)):
+            if value is None and optional:
+                value = math.nan
+            elif not isinstance(value, (int, float, numpy.number)) or not math.isfinite(value):
+                raise UserError(f"{flag} {spec} returned {value!r} for {example.where}, completion "
+                                f"{completions[i][:80]!r}: return a finite number")
+            rewards[i] = float(value)
+        return all_reduce(rewards)
+
+    return reward
+
+
+def reward_from_model(args, name: str, chat_template=None):
+    """A sequence-classification model with one label and its own tokenizer. Its score is read at
+    the last token by index: the stock head looks for pad, which may equal EOS."""
+    model = load_model(name, args.device, args.dtype, AutoModelForSequenceClassification)
+    tokenizer = load_tokenizer(name)
+    tokenizer.chat_template = tokenizer.chat_template or chat_template
+    if model.config.num_labels != 1 or not hasattr(model, "score"):
+        raise UserError(f"--reward-model {name}: has {model.config.num_labels} labels: a reward "
+                        "model is a decoder with one, called `score`")
+    common.shard(model, args)
+    longest = window(model)
+
+    @torch.no_grad()
+    def reward(examples, completions, completion_ids=None):
+        rows = []
+        for example, completion in zip(examples, completions):
+            prompt = example["prompt"]
+            turn, stops = as_turn(prompt, completion), [tokenizer.eos_token_id]
+            rows.append(encode_row(tokenizer, prompt, turn, stops, tools_of(example)))
+            if len(rows[-1].ids) > longest:
+                raise UserError(f"{example.where}: prompt and completion have {len(rows[-1].ids)} "
+                                f"tokens, the window of --reward-model {name} is {longest}: lower "
+                                "--max-length or --max-new-tokens")
+        scores = score_all(model, rows, args.micro_batch_size)
+        for example, score in zip(examples, scores.tolist()):
+            if not math.isfinite(score):
+                raise UserError(f"--reward-model {name}: its score of {example.where} is {score}")
+        return scores
+
+    return reward
+
+
+@torch.no_grad()
+def score_all(model, rows, micro_batch_size=None) -> torch.Tensor:
+    """The scores of any number of rows -> [n] on the CPU."""
+    scores, lengths = torch.zeros(len(rows), device=model.device), [len(row.ids) for row in rows]
+    for group in common.micro_batches(lengths, micro_batch_size):
+        states = common.states_at_end(model, [rows[i] for i in group])
+        scores[group] = common.head_scores(model, states)
+    return all_reduce(scores).cpu()
+
+
+# --- evaluation ---
+
+
+@dataclass
+class HeldOut:
+    """What policies are judged by: prompts, a judge, and the reference's own completions."""
+
+    prompts: list[tuple[Example, list[int]]]
+    reward: object  # None: only the KL is measured
+    reference_samples: list[dict] | None = None  # by the first evaluation, before any update
+
+
+def evaluate_policy(model, reference, tokenizer, held_out: HeldOut, args, step: int,
+                    policy_prompts=None) -> tuple[dict, list[dict]]:
+    """One completion per held-out prompt -> (metrics, samples): KL(pi || pi_ref) in nats per
+    completion and, where there is a reward, its mean and the win rate against the reference's
+    own completions. policy_prompts: ids for the policy, where it reads others than the reference.
+    """
+    examples, prompt_ids = zip(*held_out.prompts)
+    with torch.random.fork_rng(devices=[]):  # an evaluation must not change what training draws
+        torch.manual_seed(args.seed + 1000 * step)
+        rollout = common.generate(model, tokenizer, policy_prompts or prompt_ids, 1,
+                                  args.max_new_tokens, args.temperature)
+    completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
+    ref_rows = [make_row(ids, completion) for ids, completion in zip(prompt_ids, completion_ids)]
+    logps = common.sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
+    with common.adapters_off(reference):
+        ref_logps = common.sequence_logprobs(reference, ref_rows, args.micro_batch_size,
+                                             args.temperature)
+    metrics = {"ended": rollout.ended.float().mean().item()}
+    metrics["kl"], metrics["kl_se"] = mean_and_se(logps - ref_logps)
+    samples = [{"step": step, "prompt": example["prompt"], "completion": text, "ended": ended}
+               for example, text, ended in zip(examples, rollout.completions, rollout.ended.tolist())]
+    if held_out.reward:
+        rewards = held_out.reward(examples, rollout.completions, completion_ids)
+        for sample, reward in zip(samples, rewards.tolist()):
+            sample["reward"] = reward
+        before = held_out.reference_samples or samples
+        ref_rewards = torch.tensor([sample["reward"] for sample in before])
+        metrics["reward"], metrics["reward_se"] = mean_and_se(rewards)
+        metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(wins(rewards, ref_rewards))
+        optimum = optimal_gain(args, metrics["kl"])
+        if optimum:
+            metrics["share_of_optimum"] = (metrics["reward"] - ref_rewards.mean().item()) / optimum
+    held_out.reference_samples = held_out.reference_samples or samples
+    return metrics, samples
+
+
+def optimal_gain(args, kl: float) -> float | None:
+    """The most reward that any policy with this KL can gain, where assets/ knows it."""
+    reference = str(Path(getattr(args, "reference", None) or args.model).resolve())
+    gold = [str(Path(spec).resolve()) for spec in args.reward_fn or ()] if isinstance(
+        args.reward_fn, list) else [str(Path(args.reward_fn or "").resolve())]
+    if (reference, gold, args.temperature) != (str(ASSETS / "tiny-sft"), [GOLD], 1.0):
+        return None
+    from assets.frontier import gain_at
+    return gain_at(kl)
+
+
+def wins(rewards, others) -> torch.Tensor:
+    """1 where the first has more, 1/2 for a tie."""
+    return (rewards > others).double() + 0.5 * (rewards == others)
+
+
+def mean_and_se(values: torch.Tensor) -> tuple[float, float | None]:
+    """The standard error of one value is not known."""
+    values, n = values.double(), len(values)
+    return values.mean().item(), (values.std() / n**0.5).item() if n > 1 else None
+
+
+def with_se(metrics: dict, name: str, form: str) -> str:
+    if name not in metrics:
+        return "-"
+    error = metrics.get(f"{name}_se")
+    return f"{metrics[name]:{form}}" + (f" ± {error:{form}}" if error is not None else "")
+
+
+def report(run, evaluation: dict, samples: list[dict], reference_samples: list[dict]) -> None:
+    """Write results.json; print five pairs of completions, and reference and trained policy."""
+    ended = sum(sample["ended"] for sample in reference_samples) / len(reference_samples)
+    before, after = ["reference", "0"], ["trained", with_se(evaluation, "kl", ".2f")]
+    header = ["policy", "KL, nats"]
+    if "reward" in evaluation:
+        rewards = torch.tensor([sample["reward"] for sample in reference_samples]).double()
+        sd = rewards.std().item() if len(rewards) > 1 else None
+        evaluation = evaluation | {"reward_ref": rewards.mean().item(), "reward_ref_sd": sd}
+        header += ["reward", "win rate"]
+        before += [f"{rewards.mean():.2f}" + (f" (sd {sd:.2f})" if sd is not None else ""), "50%"]
+        after += [with_se(evaluation, "reward", ".2f"), with_se(evaluation, "win_rate", ".1%")]
+    header, before, after = [*header, "ended"], [*before, f"{ended:.1%}"], [
+        *after, f"{evaluation['ended']:.1%}"]
+    if "share_of_optimum" in evaluation:
+        header, before = [*header, "of the optimum"], [*before, "-"]
+        after = [*after, f"{evaluation['share_of_optimum']:.1%}"]
+    run.write_results(**evaluation)
+    for pair in list(zip(reference_samples, samples))[:5]:
+        prompt = pair[0]["prompt"]
+        print(f"\n{(prompt if isinstance(prompt, str) else prompt[-1]['content'])[-300:]}")
+        for who, sample in zip(("reference", "trained"), pair):
+            reward = f"{sample['reward']:+.2f} " if "reward" in sample else ""
+            print(f"  {who:9} {reward}|{sample['completion'][:400]}")
+    print(f"\n{len(samples)} held-out prompts, one completion each:")
+    print_table([header, before, after])
+    print(f"saved to {run.dir}")
+
+
+def print_table(rows: list[list]) -> None:
+    """Rows of cells, the first one the header."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
+             for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for first, *others in cells:
+        padded = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:])]
+        print("  ".join([f"  {first:<{widths[0]}}", *padded]))
+
+
+def progress_bar(name: str, start: int, total: int) -> tqdm:
+    interval = 0.5 if sys.stdout.isatty() else 10
+    return tqdm(range(start, total), initial=start, total=total, desc=name, file=sys.stdout,
+                mininterval=interval)
+
+
+# --- run directory ---
+
+
+class Run:
+    """--output-dir: args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/, the model.
+    A run that is killed and started again with --resume writes what it would have written."""
+
+    WRITTEN = ("results.json", "config.json", "generation_config.json", "tokenizer.json",
+               "tokenizer_config.json", "chat_template.jinja", "model*.safetensors*", "adapter/*")
+    FREE = ("resume", "device", "tensorboard", "output_dir", "micro_batch_size", "replicas",
+            "gradient_checkpointing", "reward_timeout")  # flags that --resume may change
+
+    def __init__(self, args):
+        self.args, self.dir, self.started = args, Path(args.output_dir), time.time()
+        self.checkpoint, self.files = self.dir / "checkpoint" / "state.pt", {}
+        self.tensorboard, self.saved = None, None
+        self.check_inputs()
+        try:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            if rank() == 0:
+                self.lock = open(self.dir / ".lock", "w")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output-dir {self.dir}: another run writes there: choose another")
+        except OSError as error:
+            raise UserError(f"--output-dir {self.dir}: {error.strerror}: choose one to write to")
+        if args.resume:
+            self.load_checkpoint()
+        if args.tensorboard and rank() == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: is not installed: pip install tensorboard")
+            self.tensorboard = SummaryWriter(self.dir)
+
+    def check_inputs(self) -> None:
+        """The output directory is neither a model that is read, nor does it hold the data."""
+        own = self.dir.resolve()
+        for name, value in asdict(self.args).items():
+            for path in value if isinstance(value, list) else [value]:
+                if not isinstance(path, str) or name == "output_dir" or not os.path.exists(path):
+                    continue
+                inside = "dataset" in name and own in Path(path).resolve().parents
+                if inside or own == Path(path).resolve():
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(f"--output-dir {self.dir}: {flag} {path} is read from there: "
+                                    "choose another directory")
+
+    def load_checkpoint(self) -> None:
+        if not self.checkpoint.exists():
+            raise UserError(f"--resume: {self.dir} holds no checkpoint: leave --resume out")
+        before = json.loads((self.dir / "args.json").read_text())
+        for name, value in without_nan(asdict(self.args)).items():
+            if name not in self.FREE and before.get(name, value) != value:
+                raise UserError(f"--resume: {self.dir} was started with --{name.replace('_', '-')} "
+                                f"{before[name]}, now it is {value}: give the same flags")
+        try:
+            self.saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True,
+                                    mmap=common.world_size() > 1)
+        except Exception as error:
+            cause = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"--resume: {self.checkpoint} cannot be read ({cause}): start anew")
+
+    def start(self, model, optimizer) -> tuple[int, dict]:
+        """-> (steps done, the `memory` given to save_checkpoint), with model, optimizer, random
+        states and files as they were then; (0, {}) at the beginning of a run."""
+        state = self.saved or {"step": 0, "memory": {}, "lengths": {"metrics": 0, "samples": 0}}
+        if self.saved:
+            for what, value in state["fingerprints"].items():
+                if common.FINGERPRINTS.get(what, value) != value:
+                    raise UserError(f"--resume: {what} has changed since the run was started: "
+                                    "bring it back, or start anew")
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            if optimizer:
+                set_state_dict(model, optimizer, model_state_dict=state["model"],
+                               optim_state_dict=state["optimizer"], options=options)
+                for name, parameter in model.named_parameters():
+                    if name not in state["optimizer"]["state"]:  # torch made its moments up
+                        optimizer.state.pop(parameter, None)
+            set_random_state(state["random"])
+            print(f"resuming {self.dir} after step {state['step']}", flush=True)
+        elif rank() == 0:
+            for pattern in ("checkpoint/*", *self.WRITTEN):
+                for path in self.dir.glob(pattern):
+                    path.unlink()
+            write_json(self.dir / "args.json", asdict(self.args))
+        for name, length in state["lengths"].items():
+            path = self.dir / f"{name}.jsonl" if rank() == 0 else Path(os.devnull)
+            if rank() == 0 and self.saved and (not path.exists() or path.stat().st_size < length):
+                raise UserError(f"--resume: {path} is shorter than the checkpoint says: start anew")
+            self.files[name] = open(path, "ab")
+            if rank() == 0:
+                self.files[name].truncate(length)
+        self.saved = None
+        return state["step"], state["memory"]
+
+    def log(self, step: int, phase: str, **metrics) -> None:
+        self.write("metrics", {"step": step, "phase": phase, **metrics})
+        if self.tensorboard:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(f"{phase}/{name}", value, step)
+
+    def write(self, name: str, *rows: dict) -> None:
+        lines = [json.dumps(without_nan(row)) + "\n" for row in rows]
+        self.files[name].write("".join(lines).encode())
+        self.files[name].flush()
+
+    def save_checkpoint(self, step: int, model, optimizer, memory: dict) -> None:
+        state = {"step": step, "memory": memory, "random": random_state(),
+                 "fingerprints": dict(common.FINGERPRINTS), "model": {}, "optimizer": {},
+                 "lengths": {name: file.tell() for name, file in self.files.items()}}
+        if optimizer:
+            common.reshard(model)
+            options = StateDictOptions(full_state_dict=True, cpu_offload=common.world_size() > 1)
+            state["model"], state["optimizer"] = get_state_dict(model, optimizer, options=options)
+        if rank() == 0:
+            write_atomically(self.checkpoint, lambda file: torch.save(state, file))
+
+    def write_results(self, **results) -> None:
+        if rank() == 0:
+            write_json(self.dir / "results.json", {**results, "seconds": time.time() - self.started})
+
+    def check_finite(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        saved = f"the last good checkpoint is {self.checkpoint}"
+        if not self.checkpoint.exists():
+            saved = "there is no checkpoint yet"
+        fix = "training diverged: lower --learning-rate" if step else "look at these rows"
+        raise UserError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}, on rows "
+                        f"{', '.join(rows[:4])} ...: {fix}; {saved}")
+
+
+def random_state() -> list[torch.Tensor]:
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0].clone())
+    if len(state) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1])
+
+
+def without_nan(value):
+    """JSON knows neither NaN nor Infinity: null in their place."""
+    if isinstance(value, dict):
+        return {key: without_nan(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value) -> None:
+    write_atomically(path, json.dumps(without_nan(value), indent=1).encode())
+
+
+def write_atomically(path: Path, data) -> None:
+    """Bytes, or a function that writes them into a file: there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        try:
+            data(file) if callable(data) else file.write(data)
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
