@@ -39,13 +39,11 @@ from typing import Annotated
 import torch
 import tyro
 
-from common import (
-    UserError, encode_prompt, generate, load_model, load_tokenizer, make_row, rank, shard
-)
+from common import UserError, generate, load_model, load_tokenizer, rank, shard
 from harness import (
-    ASSETS, GOLD, Count, Limits, Positive, Run, RunArgs, Skip, as_turn, column, encode_examples,
-    load_reward, load_rows, mean_and_se, optimal_gain, print_table, progress_bar, report,
-    run_script, tools_of, wins, with_se, write_atomically
+    ASSETS, GOLD, Count, HeldOut, Positive, Run, RunArgs, as_turn, load_different_prompts,
+    load_reward, mean_and_se, optimal_gain, print_table, progress_bar, report, run_script, wins,
+    with_se, write_atomically
 )
 
 
@@ -72,23 +70,6 @@ class Args(RunArgs):
     save_every: Count = 5
     """steps between checkpoints"""
     output_dir: str = "runs/best_of_n"
-
-
-def load_prompts(args: Args, model, tokenizer) -> list[tuple[dict, list[int]]]:
-    """-> [(example, prompt ids)], different prompts that leave room for --max-new-tokens."""
-    seen = set()
-
-    def encode(example):
-        example["prompt"] = column(example, "prompt")
-        ids = encode_prompt(tokenizer, example["prompt"], tools_of(example))
-        if tuple(ids) in seen:
-            raise Skip("an earlier row has the same prompt")
-        seen.add(tuple(ids))
-        return [make_row(ids, [])]
-
-    examples = load_rows(args.dataset, args.split)
-    encoded = encode_examples(examples, encode, Limits.of(args, model), args.max_new_tokens)
-    return [(example, row.ids) for example, (row,) in encoded]
 
 
 # --- estimators ---
@@ -156,7 +137,7 @@ def tie_probability(rewards, logps, is_first) -> torch.Tensor:
 
 
 def best_of_n_metrics(n: int, scores: dict, ref_rewards: torch.Tensor) -> dict:
-    """Equations (1) to (4). scores: as score() gives them; ref_rewards [P]: of another sample
+    """Equations (1) to (4). scores: as score() gives them; ref_rewards [P, 1]: of another sample
     per prompt."""
     proxy, tie = scores["proxy_reward"], scores["tie"]
     weights = best_of_n_weights(proxy, n)  # [P, N]
@@ -166,7 +147,7 @@ def best_of_n_metrics(n: int, scores: dict, ref_rewards: torch.Tensor) -> dict:
         "proxy_reward": proxy,
         "reward": scores["reward"],
         "kl": best_of_n_kl(n) - kl_of_ties(rho, n),
-        "win_rate": wins(scores["reward"], ref_rewards[:, None]),
+        "win_rate": wins(scores["reward"], ref_rewards),
     }
     metrics = {"kl_bound": best_of_n_kl(n)}
     for name, value in values.items():
@@ -238,22 +219,22 @@ def write_data(run, best: list[dict], worst: list[dict]) -> None:
         print(f"{len(lines)} of {len(best)} prompts in {run.dir / name}")
 
 
-def report_over_n(run, args: Args, memory: dict, ref_rewards: torch.Tensor) -> None:
+def report_over_n(run, memory: dict, held_out: HeldOut) -> None:
     """results.json, and the table over n."""
-    parts, most = memory["scores"], args.samples_per_prompt
+    parts, most = memory["scores"], run.args.samples_per_prompt
+    ref_scores = memory["reference_scores"]
     scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     numbers = sorted({2**k for k in range(most.bit_length())} | {most})
-    results = {n: best_of_n_metrics(n, scores, ref_rewards) for n in numbers}
+    results = {n: best_of_n_metrics(n, scores, ref_scores["reward"]) for n in numbers}
     evaluation = dict(results[most])
-    proxy_rewards = [sample["proxy_reward"] for sample in memory["reference_samples"]]
-    evaluation["proxy_reward_ref"] = sum(proxy_rewards) / len(proxy_rewards)
-    optimum = optimal_gain(args, evaluation["kl"])
+    evaluation["proxy_reward_ref"] = ref_scores["proxy_reward"].mean().item()
+    optimum = optimal_gain(run.args, evaluation["kl"])
     if optimum:
         gain = evaluation["reward"] - results[1]["reward"]
         evaluation["share_of_optimum"] = gain / optimum
     for n, metrics in results.items():
         evaluation |= {f"{name}_n{n}": value for name, value in metrics.items()}
-    report(run, evaluation, memory["best"], memory["reference_samples"])
+    report(run, evaluation, memory["best"], held_out, "best of n")
 
     print(f"\nEvery n, by the same {most} completions per prompt. Proxy: the reward that chooses; "
           "gold: the one\nthat judges, win rates too, against one completion:")
@@ -282,7 +263,8 @@ def main(args: Args) -> None:
     gold = load_reward(args, args.reward_fn)
     proxy = load_reward(args, None, args.reward_model, chat_template=tokenizer.chat_template)
     proxy, gold = proxy or gold, gold or proxy
-    prompts = load_prompts(args, reference, tokenizer)
+    prompts = load_different_prompts(args, reference, tokenizer)
+    held_out = HeldOut(prompts, gold, reference, tokenizer)
     steps = math.ceil(len(prompts) / args.batch_size)
     print(f"{len(prompts)} prompts, {args.samples_per_prompt} completions of each; "
           f"{steps} steps of {args.batch_size} prompts", flush=True)
@@ -298,11 +280,12 @@ def main(args: Args) -> None:
     if done == 0:  # one completion per prompt: the policy without any choice
         examples, rollout, scores = draw(prompts, 1)
         samples = pick(rollout, scores, examples, scores["reward"].argmax(1), 0)
-        memory = {"reference_samples": samples, "best": [], "worst": [], "scores": []}
-        run.log(0, "eval", **best_of_n_metrics(1, scores, scores["reward"][:, 0]))
+        memory = {"reference_samples": samples, "reference_scores": scores}
+        memory |= {"best": [], "worst": [], "scores": []}
+        run.log(0, "eval", **best_of_n_metrics(1, scores, scores["reward"]))
         run.write("samples", *samples)
-    rewards = [sample["reward"] for sample in memory["reference_samples"]]
-    ref_rewards = torch.tensor(rewards, dtype=torch.float64)
+    held_out.reference_samples = memory["reference_samples"]
+    ref_rewards = memory["reference_scores"]["reward"]  # [P, 1]
     bar = progress_bar("best_of_n", done, steps)
     for step in bar:
         began = time.perf_counter()
@@ -323,7 +306,7 @@ def main(args: Args) -> None:
         bar.set_postfix(shown, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             run.save_checkpoint(step + 1, None, None, memory)
-    report_over_n(run, args, memory, ref_rewards)
+    report_over_n(run, memory, held_out)
     write_data(run, memory["best"], memory["worst"])
 
 

@@ -105,8 +105,8 @@ def check_weights(name: str, model, info: dict, new_head: bool) -> None:
         unexpected = {key for key in unexpected if not key.startswith("lm_head.")}
     for prefix in ("_orig_mod.", "module.", "base_model."):  # torch.compile, DDP, peft
         if any(key.startswith(prefix) for key in unexpected):
-            raise UserError(f"model {name}: the names of its weights begin with {prefix!r}, which a "
-                            "wrapper adds: save the model inside the wrapper")
+            raise UserError(f"model {name}: the names of its weights begin with {prefix!r}, which "
+                            "a wrapper adds: save the model inside the wrapper")
     if missing or unexpected:
         raise UserError(
             f"model {name}: is no {type(model).__name__}: {len(missing)} weights are missing "
@@ -223,12 +223,13 @@ def adapters_of(model) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def add_adapters(model, rank: int, alpha: float) -> None:
-    """Adapters on all linear layers of the trunk; a new head is trained, all else is frozen."""
+def add_adapters(model, rank: int, alpha: float, dtype: torch.dtype) -> None:
+    """Adapters on all linear layers of the trunk. A new head is trained, all else is frozen, in
+    the dtype of the forward passes: nothing is ever added to it."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.startswith("score.")
-        if not parameter.requires_grad and model.device.type == "cuda":
-            parameter.data = parameter.data.to(AUTOCAST["cuda"])  # nothing is added to it
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear):
@@ -302,7 +303,9 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
 def prepare_for_training(model, args):
     """Adapters, gradient checkpointing, shards: as the flags say, before the optimizer is made."""
     if args.lora_rank:
-        add_adapters(model, args.lora_rank, args.lora_alpha or args.lora_rank)
+        device = pick_device(args.device).type
+        dtype = AUTOCAST[device] if device == "cuda" else None
+        add_adapters(model, args.lora_rank, args.lora_alpha or args.lora_rank, dtype or torch.float32)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
@@ -372,19 +375,32 @@ def to_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(values, torch.stack([x.float() for x in values.values()]).tolist()))
 
 
+def load_policy(args):
+    """--model, ready to be trained."""
+    return prepare_for_training(load_model(args.model, args.device, args.dtype), args)
+
+
 def load_reference(policy, args):
-    """The policy before training: its adapters off (see adapters_off), or a second copy."""
+    """The policy before training: itself with its adapters off (adapters_off), or a second copy."""
     if args.lora_rank:
         return policy
     return shard(load_model(args.model, args.device, args.dtype), args)
 
 
-def set_learning_rate(optimizer, step: int, total_steps: int, *peaks: float) -> None:
-    """Linear warm-up over the first tenth of the steps, then linear decay to 0."""
+def save_and_reload(model, tokenizer, directory, args, kind=AutoModelForCausalLM):
+    """Save the trained model, and read the files back: they are what is evaluated at the end."""
+    save_model(model, tokenizer, directory, args.save_dtype, args.model)
+    return shard(load_model(str(directory), args.device, args.dtype, kind), args)
+
+
+def set_learning_rate(optimizer, step: int, total_steps: int, *peaks: float) -> float:
+    """Linear warm-up over the first tenth of the steps, then linear decay to 0. One peak for each
+    group of parameters -> the first group's rate."""
     warmup = max(1, round(0.1 * total_steps))
     factor = min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
     for group, peak in zip(optimizer.param_groups, peaks):
         group["lr"] = peak * factor
+    return peaks[0] * factor
 
 
 def clip_gradients(model, max_norm: float) -> float:

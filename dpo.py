@@ -29,6 +29,7 @@ Data: `prompt` + `chosen` + `rejected`, or `chosen` + `rejected` that begin with
 texts or lists of messages.
 """
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -38,14 +39,14 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    adapters_off, clip_gradients, encode_row, load_model, load_reference,
-    load_tokenizer, mean_over_batch, micro_batches, pad_rows, prepare_for_training, save_model,
-    sequence_logprobs, set_learning_rate, shard, stop_ids, token_budget, token_logprobs
+    Row, adapters_off, clip_gradients, encode, encode_row, load_policy, load_reference,
+    load_tokenizer, mean_over_batch, micro_batches, pad_rows, save_and_reload,
+    sequence_logprobs, set_learning_rate, stop_ids, token_budget, token_logprobs
 )
 from harness import (
-    ASSETS, GOLD, Count, HeldOut, Limits, Positive, Run, TrainArgs, batches, comparison,
-    different_prompts, evaluate_policy, is_embedded, load_examples, load_reward, progress_bar,
-    report, run_script, tools_of, wins
+    ASSETS, GOLD, Count, Example, HeldOut, Limits, Positive, Run, TrainArgs, batches,
+    comparison, different_prompts, evaluate_policy, is_embedded, load_examples, load_reward,
+    progress_bar, report, run_script, tools_of, wins
 )
 
 
@@ -93,8 +94,19 @@ class Args(TrainArgs):
 # --- data ---
 
 
-def load_pairs(args: Args, model, tokenizer):
-    """-> training and held-out comparisons, [(example, (chosen row, rejected row))]."""
+@dataclass
+class Pair:
+    """A comparison, and what the reference says of it: log pi_ref(y | x), in nats."""
+
+    example: Example
+    chosen: Row
+    rejected: Row
+    ref_chosen_logp: float = math.nan
+    ref_rejected_logp: float = math.nan
+
+
+def load_pairs(args: Args, model, tokenizer) -> tuple[list[Pair], list[Pair], list]:
+    """-> training and held-out pairs, and the held-out prompts, [(example, ids)]."""
     stops = stop_ids(model, tokenizer)
 
     def encode(example):
@@ -104,7 +116,19 @@ def load_pairs(args: Args, model, tokenizer):
                 for completion in (chosen, rejected)]
 
     train, held_out = load_examples(args, encode, Limits.of(args, model))
-    return train, held_out[:args.eval_prompts]
+    prompts = different_prompts(held_out, args)
+    train = [Pair(example, *rows) for example, rows in train]
+    return train, [Pair(example, *rows) for example, rows in held_out[:args.eval_prompts]], prompts
+
+
+def add_reference_logprobs(reference, pairs: list[Pair], args: Args) -> None:
+    """Computed once, before training."""
+    how = args.micro_batch_size, args.temperature
+    with adapters_off(reference):
+        chosen = sequence_logprobs(reference, [pair.chosen for pair in pairs], *how)
+        rejected = sequence_logprobs(reference, [pair.rejected for pair in pairs], *how)
+    for pair, chosen_logp, rejected_logp in zip(pairs, chosen.tolist(), rejected.tolist()):
+        pair.ref_chosen_logp, pair.ref_rejected_logp = chosen_logp, rejected_logp
 
 
 # --- loss ---
@@ -143,51 +167,47 @@ def dpo_loss(
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
-def pair_logprobs(model, pairs, temperature: float):
-    """[(chosen row, rejected row)] -> log pi(y_w | x) and log pi(y_l | x), each [B], by one forward
-    pass that computes the shared prompt once."""
-    input_ids, mask = pad_rows([row for pair in pairs for row in pair])
-    logps = token_logprobs(model, input_ids, mask, temperature).sum(1)
+def pair_logprobs(model, pairs: list[Pair], temperature: float):
+    """-> log pi(y_w | x) and log pi(y_l | x), each [B], by one forward pass that computes the
+    prompt of a pair once."""
+    rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+    logps = token_logprobs(model, *pad_rows(rows), temperature).sum(1)
     return logps[0::2], logps[1::2]
 
 
-def reference_logprobs(reference, pairs, indices, args: Args) -> dict[str, torch.Tensor]:
-    """log pi_ref(y | x) of the pairs at `indices` -> {"chosen": [n], "rejected": [n]}, else NaN."""
-    logps = {}
-    with adapters_off(reference):
-        for side, name in enumerate(("chosen", "rejected")):
-            rows = [pairs[i][1][side] for i in indices]
-            found = sequence_logprobs(reference, rows, args.micro_batch_size, args.temperature)
-            logps[name] = torch.full((len(pairs),), torch.nan)
-            logps[name][indices] = found
-    return logps
-
-
-def preferences(policy, pairs, ref_logps, args: Args, train: bool) -> dict[str, float]:
-    """The loss of these comparisons and what is logged of it; adds up its gradient if train."""
+def preferences(policy, pairs: list[Pair], args: Args, train: bool) -> dict[str, float]:
+    """The mean loss of these pairs and what is logged of it; adds up its gradient if train."""
     totals = defaultdict(float)
-    lengths = [2 * max(len(row.ids) for row in rows) for _, rows in pairs]
+    lengths = [2 * max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
     for group in micro_batches(lengths, args.micro_batch_size, token_budget(policy)):
-        chosen, rejected = pair_logprobs(policy, [pairs[i][1] for i in group], args.temperature)
-        ref_chosen = ref_logps["chosen"][group].to(chosen.device)
-        ref_rejected = ref_logps["rejected"][group].to(chosen.device)
+        part = [pairs[i] for i in group]
+        chosen, rejected = pair_logprobs(policy, part, args.temperature)
+        ref_chosen = torch.tensor([pair.ref_chosen_logp for pair in part], device=chosen.device)
+        ref_rejected = torch.tensor([pair.ref_rejected_logp for pair in part], device=chosen.device)
         losses, chosen_rewards, rejected_rewards = dpo_loss(
             chosen, rejected, ref_chosen, ref_rejected,
             args.beta, args.label_smoothing, args.loss_type,
         )
         if train:
             (losses.sum() / len(pairs)).backward()
-        for name, values in {
-            "loss": losses,
-            "accuracy": wins(chosen_rewards, rejected_rewards),
-            "margin": chosen_rewards - rejected_rewards,
-            "chosen_reward": chosen_rewards,
-            "rejected_reward": rejected_rewards,
-            "chosen_logps": chosen,
-            "rejected_logps": rejected,
-        }.items():
-            totals[name] += values.detach().sum()
+        totals["loss"] += losses.sum()
+        totals["accuracy"] += wins(chosen_rewards, rejected_rewards).sum()
+        totals["margin"] += (chosen_rewards - rejected_rewards).sum()
+        totals["chosen_reward"] += chosen_rewards.sum()
+        totals["rejected_reward"] += rejected_rewards.sum()
+        totals["chosen_logps"] += chosen.detach().sum()
+        totals["rejected_logps"] += rejected.detach().sum()
     return mean_over_batch(totals, len(pairs))
+
+
+def evaluate(policy, held_out: HeldOut, pairs: list[Pair], run: Run, step: int):
+    metrics, samples = evaluate_policy(policy, held_out, run.args, step)
+    with torch.no_grad():
+        losses = preferences(policy, pairs, run.args, train=False)
+    metrics |= {f"eval_{name}": value for name, value in losses.items()}
+    run.log(step, "eval", **metrics)
+    run.write("samples", *samples)
+    return metrics, samples
 
 
 # --- main ---
@@ -199,62 +219,45 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    policy = load_model(args.model, args.device, args.dtype)
-    policy = prepare_for_training(policy, args)
+    policy = load_policy(args)
     reference = load_reference(policy, args)
-    pairs, eval_pairs = load_pairs(args, policy, tokenizer)
     judge = load_reward(args, args.reward_fn, args.reward_model, tokenizer.chat_template)
-    held_out = HeldOut(different_prompts(eval_pairs, args), judge)
+    pairs, eval_pairs, prompts = load_pairs(args, policy, tokenizer)
+    held_out = HeldOut(prompts, judge, reference, tokenizer)
     plan = batches(len(pairs), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(pairs)} comparisons, {len(eval_pairs)} held out; {len(plan)} updates", flush=True)
 
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    seen = sorted({i for batch in plan for i in batch})
+    add_reference_logprobs(reference, [pairs[i] for i in seen] + eval_pairs, args)
     done, memory = run.start(policy, optimizer)
-
-    def evaluate(policy, step):
-        metrics, samples = evaluate_policy(policy, reference, tokenizer, held_out, args, step)
-        with torch.no_grad():
-            losses = preferences(policy, eval_pairs, memory["eval_ref_logps"], args, train=False)
-        metrics |= {f"eval_{name}": value for name, value in losses.items()}
-        run.log(step, "eval", **metrics)
-        run.write("samples", *samples)
-        return metrics, samples
-
     if done == 0:
-        seen = sorted({i for batch in plan for i in batch})
-        everything = list(range(len(eval_pairs)))
-        memory["ref_logps"] = reference_logprobs(reference, pairs, seen, args)
-        memory["eval_ref_logps"] = reference_logprobs(reference, eval_pairs, everything, args)
-        evaluate(policy, 0)
+        evaluate(policy, held_out, eval_pairs, run, 0)
         memory["reference_samples"] = held_out.reference_samples
     held_out.reference_samples = memory["reference_samples"]
     bar = progress_bar("dpo", done, len(plan))
     for step in bar:
         began = time.perf_counter()
         batch = [pairs[i] for i in plan[step]]
-        ref_logps = {name: logps[plan[step]] for name, logps in memory["ref_logps"].items()}
-        metrics = preferences(policy, batch, ref_logps, args, train=True)
-        grad_norm = clip_gradients(policy, args.max_grad_norm)
-        run.check_finite(step, metrics["loss"], grad_norm, [e.where for e, _ in batch])
-        set_learning_rate(optimizer, step, len(plan), args.learning_rate)
+        metrics = preferences(policy, batch, args, train=True)
+        metrics["grad_norm"] = clip_gradients(policy, args.max_grad_norm)
+        run.check_finite(step, metrics, [pair.example for pair in batch])
+        metrics["learning_rate"] = set_learning_rate(optimizer, step, len(plan), args.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
 
-        tokens = sum(len(row.ids) for _, rows in batch for row in rows)
-        run.log(step + 1, "train", **metrics, grad_norm=grad_norm,
-                learning_rate=optimizer.param_groups[0]["lr"],
-                tokens_per_s=tokens / (time.perf_counter() - began))
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")},
-                        refresh=False)
+        tokens = sum(len(pair.chosen.ids) + len(pair.rejected.ids) for pair in batch)
+        run.log(step + 1, "train", **metrics, tokens_per_s=tokens / (time.perf_counter() - began))
+        shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
+        bar.set_postfix(shown, refresh=False)
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
-            evaluate(policy, step + 1)
+            evaluate(policy, held_out, eval_pairs, run, step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             run.save_checkpoint(step + 1, policy, optimizer, memory)
 
-    save_model(policy, tokenizer, run.dir, args.save_dtype, args.model)
-    saved = shard(load_model(str(run.dir), args.device, args.dtype), args)
-    evaluation, samples = evaluate(saved, len(plan))
-    report(run, evaluation, samples, held_out.reference_samples)
+    saved = save_and_reload(policy, tokenizer, run.dir, args)
+    evaluation, samples = evaluate(saved, held_out, eval_pairs, run, len(plan))
+    report(run, evaluation, samples, held_out)
 
 
 if __name__ == "__main__":

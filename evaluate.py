@@ -43,9 +43,10 @@ from common import (
     load_tokenizer, make_row, rank, sequence_logprobs, shard
 )
 from harness import (
-    ASSETS, FILES, GOLD, Count, Limits, Positive, Run, RunArgs, Skip, as_turn, call_user, column,
-    columns_of, encode_examples, load_function, load_reward, load_rows, mean_and_se, optimal_gain,
-    print_table, progress_bar, run_script, tools_of, wins, with_se, write_atomically
+    ASSETS, FILES, GOLD, Count, Limits, Positive, Run, RunArgs, as_turn, call_user, column,
+    columns_of, load_different_prompts, load_function, load_reward, load_rows, mean_and_se,
+    optimal_gain, print_table, progress_bar, run_script, tools_of, wins, with_se,
+    write_atomically
 )
 
 
@@ -79,30 +80,13 @@ class Args(RunArgs):
 # --- prompts and policies ---
 
 
-def load_prompts(args: Args, model, tokenizer) -> list[tuple[dict, list[int]]]:
-    """-> [(example, prompt ids)], different prompts that leave room for --max-new-tokens."""
-    seen = set()
-
-    def encode(example):
-        example["prompt"] = column(example, "prompt")
-        ids = encode_prompt(tokenizer, example["prompt"], tools_of(example))
-        if tuple(ids) in seen:
-            raise Skip("an earlier row has the same prompt")
-        seen.add(tuple(ids))
-        return [make_row(ids, [])]
-
-    examples = load_rows(args.dataset, args.split)
-    encoded = encode_examples(examples, encode, Limits.of(args, model), args.max_new_tokens)
-    return [(example, row.ids) for example, (row,) in encoded]
-
-
 @dataclass
 class Policy:
     model: object
     tokenizer: object
 
 
-def load_policy(name: str, args: Args) -> Policy:
+def read_policy(name: str, args: Args) -> Policy:
     gc.collect()  # the policy before: FSDP's modules refer to each other
     tokenizer = load_tokenizer(name, args.chat_template)
     return Policy(shard(load_model(name, args.device, args.dtype), args), tokenizer)
@@ -143,7 +127,7 @@ def read_completions(path: str, examples) -> list[dict]:
 def sample_policy(source: str, reference: Policy, prompts, args: Args, step: int):
     """-> samples, one per prompt, and log pi(y | x) - log pi_ref(y | x), [n]; None where the
     policy's tokens are not the reference's."""
-    policy = reference if source == args.reference else load_policy(source, args)
+    policy = reference if source == args.reference else read_policy(source, args)
     own_ids = [encode_prompt(policy.tokenizer, example["prompt"], tools_of(example))
                for example, _ in prompts]
     longest, room = max(map(len, own_ids)), Limits.of(args, policy.model).max_length
@@ -331,13 +315,13 @@ def main(args: Args) -> None:
     if not (args.reward_fn or args.reward_model or args.judge_fn):
         raise UserError("nothing judges: give a --reward-fn, a --reward-model or a --judge-fn")
     run = Run(args)
-    reference = load_policy(args.reference, args)
+    reference = read_policy(args.reference, args)
     judge = load_function("--judge-fn", args.judge_fn) if args.judge_fn else None
     template = reference.tokenizer.chat_template
     by_function = load_reward(args, args.reward_fn)
     by_model = load_reward(args, None, args.reward_model, chat_template=template)
     rewards = {"reward": by_function or by_model, "proxy_reward": by_function and by_model}
-    prompts = load_prompts(args, reference.model, reference.tokenizer)
+    prompts = load_different_prompts(args, reference.model, reference.tokenizer)
     examples = [example for example, _ in prompts]
     print(f"{len(prompts)} prompts; {len(names)} policies, one completion each; reference: "
           f"{names[0]}", flush=True)

@@ -32,15 +32,14 @@ reward function by its name.
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
 import torch
 
 from common import (
-    Row, UserError, all_reduce, clip_gradients, generate, load_model, load_reference,
-    load_tokenizer, micro_batches, pad_rows, prepare_for_training, save_model, set_learning_rate,
-    shard, token_budget, token_logprobs
+    Row, UserError, all_reduce, clip_gradients, generate, load_policy, load_reference,
+    load_tokenizer, micro_batches, pad_rows, save_and_reload, set_learning_rate, token_budget,
+    token_logprobs
 )
 from harness import (
     ASSETS, GOLD, Count, HeldOut, Positive, Run, TrainArgs, batches, evaluate_policy, is_embedded,
@@ -109,29 +108,29 @@ def sft_loss(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def sample_and_choose(policy, tokenizer, prompts, reward, args: Args):
-    """Equation (1) for prompts [(example, ids)] -> the completions that are kept, as rows and where
-    their prompts stand; and what is logged of the round."""
+    """Equation (1) for prompts [(example, ids)] -> the completions that are kept, as the indices of
+    their prompts and rows; and what is logged of the round."""
     began, n = time.perf_counter(), args.samples_per_prompt
     examples = [example for example, _ in prompts for _ in range(n)]
     prompt_ids = [ids for _, ids in prompts]
     rollout = generate(policy, tokenizer, prompt_ids, n, args.max_new_tokens, args.temperature)
+    tokens_per_s = rollout.completion_mask.sum().item() / (time.perf_counter() - began)
     completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
     rewards = reward(examples, rollout.completions, completion_ids).view(-1, n)  # [P, n]
     best, is_better = keep_best(rewards)
     kept = []
     for i in is_better.nonzero().flatten().tolist():
-        at = i * n + int(best[i])
-        kept.append({"where": examples[at].where, "row": tuple(rollout.rows[at])})
+        row = rollout.rows[i * n + int(best[i])]
+        kept.append({"prompt": i, "ids": row.ids, "mask": row.mask})
     if not kept:
         raise UserError(f"all {n} completions of each prompt score alike, so none is the best: "
                         "raise --samples-per-prompt, or use a finer reward")
-    tokens = sum(len(row.ids) for row in rollout.rows)
     return kept, {
         "round_reward": rewards.mean().item(),
         "kept_reward": rewards.amax(1).mean().item(),
         "kept": len(kept) / len(prompts),
         "round_ended": rollout.ended.float().mean().item(),
-        "rollout_tokens_per_s": tokens / (time.perf_counter() - began),
+        "rollout_tokens_per_s": tokens_per_s,
     }
 
 
@@ -150,22 +149,15 @@ def add_gradients(policy, rows: list[Row], args: Args) -> float:
     return all_reduce(total).item()
 
 
-def update(policy, optimizer, kept: list[dict], args: Args, check) -> dict[str, float]:
-    """One update by equation (2) on kept completions -> what is logged of it."""
-    began = time.perf_counter()
-    rows = [Row(*completion["row"]) for completion in kept]
-    loss = add_gradients(policy, rows, args)
-    grad_norm = clip_gradients(policy, args.max_grad_norm)
-    check(loss, grad_norm, [completion["where"] for completion in kept])
-    optimizer.step()
-    optimizer.zero_grad()
-    tokens = sum(len(ids) for ids, _ in rows)
-    return {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "learning_rate": optimizer.param_groups[0]["lr"],
-        "tokens_per_s": tokens / (time.perf_counter() - began),
-    }
+def evaluate(policy, held_out: HeldOut, chooser, run: Run, step: int):
+    metrics, samples = evaluate_policy(policy, held_out, run.args, step)
+    if run.args.reward_model:
+        examples = [example for example, _ in held_out.prompts]
+        rewards = chooser(examples, [sample["completion"] for sample in samples])
+        metrics["proxy_reward"] = rewards.mean().item()
+    run.log(step, "eval", **metrics)
+    run.write("samples", *samples)
+    return metrics, samples
 
 
 # --- main ---
@@ -174,26 +166,16 @@ def update(policy, optimizer, kept: list[dict], args: Args, check) -> dict[str, 
 def load_rewards(args: Args, chat_template):
     """-> the reward that chooses, and the one that judges what was chosen."""
     gold = load_reward(args, args.reward_fn)
-    proxy = load_reward(args, None, args.reward_model, chat_template=chat_template)
+    proxy = load_reward(args, None, args.reward_model, chat_template)
     if not (gold or proxy):
         raise UserError("nothing chooses: give --reward-model or --reward-fn FILE.py:function")
     return proxy or gold, gold or proxy
 
 
-def mean_reward(reward, held_out: HeldOut, samples: list[dict]) -> float:
-    examples = [example for example, _ in held_out.prompts]
-    return reward(examples, [sample["completion"] for sample in samples]).mean().item()
-
-
-def finish(run: Run, evaluation: dict, samples: list[dict], memory: dict) -> None:
-    """results.json, and a table of all rounds."""
-    before = memory["rounds"][0]
-    if "proxy_reward" in before:
-        evaluation = {**evaluation, "proxy_reward_ref": before["proxy_reward"]}
-    report(run, evaluation, samples, memory["reference_samples"])
+def print_rounds(rounds: list[dict]) -> None:
     table = [["round", "proxy reward", "reward", "KL, nats", "win rate"]]
-    for metrics in memory["rounds"]:
-        table.append([metrics["round"], with_se(metrics, "proxy_reward", ".2f"),
+    for number, metrics in enumerate(rounds):
+        table.append([number, with_se(metrics, "proxy_reward", ".2f"),
                       with_se(metrics, "reward", ".2f"), with_se(metrics, "kl", ".2f"),
                       with_se(metrics, "win_rate", ".1%")])
     print()
@@ -206,12 +188,11 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    policy = load_model(args.model, args.device, args.dtype)
-    policy = prepare_for_training(policy, args)
+    policy = load_policy(args)
     reference = load_reference(policy, args)
     chooser, judge = load_rewards(args, tokenizer.chat_template)
     prompts, eval_prompts = load_prompts(args, policy, tokenizer)
-    held_out = HeldOut(eval_prompts, judge)
+    held_out = HeldOut(eval_prompts, judge, reference, tokenizer)
     per_round = min(args.prompts_per_round, len(prompts))
     asked = batches(len(prompts), per_round, 1, args.rounds, args.seed)  # indices of each round
     steps = len(batches(per_round, args.batch_size, args.epochs, args.max_steps, 0))  # per round
@@ -221,44 +202,43 @@ def main(args: Args) -> None:
 
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     done, memory = run.start(policy, optimizer)
-
-    def evaluate(policy, step):
-        metrics, samples = evaluate_policy(policy, reference, tokenizer, held_out, args, step)
-        metrics = {"round": step // steps, **metrics}
-        if args.reward_model:
-            metrics["proxy_reward"] = mean_reward(chooser, held_out, samples)
-        run.log(step, "eval", **metrics)
-        run.write("samples", *samples)
-        memory["rounds"] = [*memory.get("rounds", []), metrics]
-        return metrics, samples
-
     if done == 0:
-        evaluate(policy, 0)
-        memory["reference_samples"] = held_out.reference_samples
+        before, memory["reference_samples"] = evaluate(policy, held_out, chooser, run, 0)
+        memory["rounds"] = [before]
     held_out.reference_samples = memory["reference_samples"]
     bar = progress_bar("expert_iteration", done, total)
     for step in bar:
         number, turn = divmod(step, steps)
+        chosen = [prompts[i] for i in asked[number]]
         if turn == 0:
-            chosen = [prompts[i] for i in asked[number]]
             memory["kept"], metrics = sample_and_choose(policy, tokenizer, chosen, chooser, args)
-            run.log(step, "train", **metrics)
-        kept = memory["kept"]
+            run.log(step, "train", round=number + 1, **metrics)
+        began, kept = time.perf_counter(), memory["kept"]
         plan = batches(len(kept), args.batch_size, 1, steps, args.seed + number)
         batch = [kept[i] for i in plan[turn]]
-        set_learning_rate(optimizer, step, total, args.learning_rate)
-        metrics = update(policy, optimizer, batch, args, partial(run.check_finite, step))
-        run.log(step + 1, "train", **metrics)
+        rows = [Row(completion["ids"], completion["mask"]) for completion in batch]
+        metrics = {"loss": add_gradients(policy, rows, args)}
+        metrics["grad_norm"] = clip_gradients(policy, args.max_grad_norm)
+        run.check_finite(step, metrics, [chosen[completion["prompt"]][0] for completion in batch])
+        metrics["learning_rate"] = set_learning_rate(optimizer, step, total, args.learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        tokens = sum(len(row.ids) for row in rows)
+        run.log(step + 1, "train", **metrics, tokens_per_s=tokens / (time.perf_counter() - began))
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         if turn + 1 == steps and step + 1 < total:
-            evaluate(policy, step + 1)
+            metrics, _ = evaluate(policy, held_out, chooser, run, step + 1)
+            memory["rounds"].append(metrics)
         if (step + 1) % args.save_every == 0 or step + 1 == total:
             run.save_checkpoint(step + 1, policy, optimizer, memory)
 
-    save_model(policy, tokenizer, run.dir, args.save_dtype, args.model)
-    saved = shard(load_model(str(run.dir), args.device, args.dtype), args)
-    evaluation, samples = evaluate(saved, total)
-    finish(run, evaluation, samples, memory)
+    saved = save_and_reload(policy, tokenizer, run.dir, args)
+    evaluation, samples = evaluate(saved, held_out, chooser, run, total)
+    if args.reward_model:
+        evaluation["proxy_reward_ref"] = memory["rounds"][0]["proxy_reward"]
+    report(run, evaluation, samples, held_out)
+    print_rounds([*memory["rounds"], evaluation])
 
 
 if __name__ == "__main__":

@@ -41,14 +41,14 @@ from typing import Literal
 import torch
 
 from common import (
-    Row, UserError, adapters_off, all_reduce, clip_gradients, generate, load_model, load_reference,
-    load_tokenizer, micro_batches, pad_rows, prepare_for_training, save_model, send,
-    set_learning_rate, shard, to_floats, token_budget, token_logprobs, world_size
+    Row, UserError, adapters_off, all_reduce, clip_gradients, generate, load_policy,
+    load_reference, load_tokenizer, micro_batches, pad_rows, save_and_reload, send,
+    set_learning_rate, to_floats, token_budget, token_logprobs, world_size
 )
 from harness import (
     ASSETS, Count, HeldOut, NonNegative, Positive, Run, TrainArgs, batches, evaluate_policy,
     is_embedded, load_prompts, load_reward, mean_and_se, print_table, progress_bar, report,
-    run_script
+    run_script, speeds
 )
 
 
@@ -197,7 +197,8 @@ def loss_total(mask, args: Args) -> int:
 class Experience:
     """What an update learns from: B completions, on the policy's device."""
 
-    rows: list[Row]
+    examples: list  # [B]
+    rows: list[Row]  # [B]
     mask: torch.Tensor  # [B, T]: 1 on the tokens in the loss
     advantages: torch.Tensor  # [B]
     ref_logps: torch.Tensor  # [B, T]
@@ -268,30 +269,29 @@ def add_gradients(policy, experience: Experience, args: Args):
     return all_reduce(loss).item(), all_reduce(all_logps)
 
 
-def update(policy, optimizer, experience: Experience, args: Args, check) -> dict:
+def update(policy, optimizer, experience: Experience, run: Run, step: int) -> dict:
     """--updates-per-rollout updates on the same completions -> what is logged of them."""
-    indices, ratios = experience.indices, []
+    e, args, ratios = experience, run.args, []
     for _ in range(args.updates_per_rollout):
-        loss, logps = add_gradients(policy, experience, args)
-        if experience.old_logps is None:
-            experience.old_logps = logps
-        ratios.append(ratio_metrics(logps, experience, indices, args))
-        grad_norm = clip_gradients(policy, args.max_grad_norm)
-        check(loss, grad_norm)
+        loss, logps = add_gradients(policy, e, args)
+        if e.old_logps is None:
+            e.old_logps = logps
+        ratios.append(ratio_metrics(logps, e, args))
+        metrics = {"loss": loss, "grad_norm": clip_gradients(policy, args.max_grad_norm)}
+        run.check_finite(step, metrics, e.examples)
         optimizer.step()
         optimizer.zero_grad()
-    first = {"ratio_first": ratios[0]["ratio"]}
-    return {"loss": loss, "grad_norm": grad_norm, **first, **ratios[-1]}
+    return metrics | {"ratio_first": ratios[0]["ratio"]} | ratios[-1]
 
 
-def ratio_metrics(logps, experience: Experience, indices, args: Args) -> dict:
+def ratio_metrics(logps, experience: Experience, args: Args) -> dict:
     """Mean ratio, and the shares of tokens that clipping leaves without a gradient."""
-    (at,) = send(logps.device, torch.tensor(indices))
-    mask = experience.mask[at]
-    log_ratio = (logps[at] - experience.old_logps[at]) * mask
+    e, (at,) = experience, send(logps.device, torch.tensor(experience.indices))
+    mask = e.mask[at]
+    log_ratio = (logps[at] - e.old_logps[at]) * mask
     if args.ratio == "sequence":
         log_ratio = whole_completions(log_ratio, mask)
-    ratio, positive = log_ratio.exp(), (experience.advantages[at] > 0)[:, None]
+    ratio, positive = log_ratio.exp(), (e.advantages[at] > 0)[:, None]
     values = {
         "ratio": ratio,
         "clipped_low": (ratio < 1 - args.clip) & ~positive,
@@ -334,10 +334,10 @@ def weighted_sum(rewards, weights, examples):
 
 
 @torch.no_grad()
-def pass_rates(policy, tokenizer, held_out: HeldOut, args: Args, step: int) -> dict:
+def pass_rates(policy, held_out: HeldOut, args: Args, step: int) -> dict:
     """pass@1 and pass@k from k completions of each prompt, and the accuracy of greedy ones."""
     examples, prompt_ids = zip(*held_out.prompts)
-    k = args.eval_samples
+    k, tokenizer = args.eval_samples, held_out.tokenizer
     with torch.random.fork_rng(devices=[]):  # must not change what training draws
         torch.manual_seed(args.seed + 1000 * step + 500)
         sampled = generate(policy, tokenizer, prompt_ids, k, args.max_new_tokens, args.temperature)
@@ -355,7 +355,29 @@ def completion_ids_of(rollout) -> list[list[int]]:
     return [row.ids[row.mask.index(1):] for row in rollout.rows]
 
 
+def evaluate(policy, held_out: HeldOut, run: Run, step: int):
+    metrics, samples = evaluate_policy(policy, held_out, run.args, step)
+    metrics |= pass_rates(policy, held_out, run.args, step)
+    run.log(step, "eval", **metrics)
+    run.write("samples", *samples)
+    return metrics, samples
+
+
 # --- main ---
+
+
+def collect(reference, rollout, examples, total, args: Args) -> Experience:
+    """A rollout and its rewards [B] -> advantages, masks, the reference's log-probabilities."""
+    advantages = group_advantages(total, args.samples_per_prompt, args.scale)
+    mask = rollout.completion_mask
+    if args.mask_truncated:
+        mask = mask * rollout.ended[:, None]
+    ref_logps = torch.zeros_like(rollout.logps)
+    if args.beta:
+        ref_logps = reference_logprobs(reference, rollout, args)
+    device, indices = ref_logps.device, rows_to_learn_from(advantages, mask, args.beta)
+    return Experience(examples, rollout.rows, mask.to(device), advantages.to(device), ref_logps,
+                      indices, loss_total(mask, args))
 
 
 def rollout_metrics(rollout, rewards, total, experience: Experience, args: Args) -> dict:
@@ -384,16 +406,15 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    policy = load_model(args.model, args.device, args.dtype)
-    policy = prepare_for_training(policy, args)
+    policy = load_policy(args)
     reference = load_reference(policy, args)
     rewards_of, weights = load_rewards(args, tokenizer.chat_template)
+    prompts, eval_prompts = load_prompts(args, policy, tokenizer)
 
     def reward(examples, completions, completion_ids):
         return weighted_sum(rewards_of(examples, completions, completion_ids), weights, examples)
 
-    prompts, eval_prompts = load_prompts(args, policy, tokenizer)
-    held_out = HeldOut(eval_prompts, reward)
+    held_out = HeldOut(eval_prompts, reward, reference, tokenizer)
     plan = batches(len(prompts), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {len(plan)} rollouts of "
           f"{args.batch_size} x {args.samples_per_prompt} completions", flush=True)
@@ -402,67 +423,42 @@ def main(args: Args) -> None:
         policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     done, memory = run.start(policy, optimizer)
-
-    def evaluate(policy, step):
-        metrics, samples = evaluate_policy(policy, reference, tokenizer, held_out, args, step)
-        metrics |= pass_rates(policy, tokenizer, held_out, args, step)
-        run.log(step, "eval", **metrics)
-        run.write("samples", *samples)
-        return metrics, samples
-
     if done == 0:
-        memory["before"], memory["reference_samples"] = evaluate(policy, 0)
-    held_out.reference_samples = memory["reference_samples"]
+        memory["before"], memory["samples"] = evaluate(policy, held_out, run, 0)
+    held_out.reference_samples = memory["samples"]
     bar = progress_bar("grpo", done, len(plan))
     for step in bar:
-        began = time.perf_counter()
+        times = [time.perf_counter()]
         examples = [prompts[i][0] for i in plan[step] for _ in range(args.samples_per_prompt)]
         rollout = generate(policy, tokenizer, [prompts[i][1] for i in plan[step]],
                            args.samples_per_prompt, args.max_new_tokens, args.temperature)
-        sampled = time.perf_counter()
+        times.append(time.perf_counter())
         rewards = rewards_of(examples, rollout.completions, completion_ids_of(rollout))
         total = weighted_sum(rewards, weights, examples)  # [B]
-        ref_logps = torch.zeros_like(rollout.logps)
-        if args.beta:
-            ref_logps = reference_logprobs(reference, rollout, args)
-        scored = time.perf_counter()
+        experience = collect(reference, rollout, examples, total, args)
+        times.append(time.perf_counter())
+        learning_rate = set_learning_rate(optimizer, step, len(plan), args.learning_rate)
+        metrics = update(policy, optimizer, experience, run, step)
+        times.append(time.perf_counter())
 
-        advantages = group_advantages(total, args.samples_per_prompt, args.scale)
-        mask = rollout.completion_mask
-        if args.mask_truncated:
-            mask = mask * rollout.ended[:, None]
-        device, indices = policy.device, rows_to_learn_from(advantages, mask, args.beta)
-        experience = Experience(rollout.rows, mask.to(device), advantages.to(device), ref_logps,
-                                indices, loss_total(mask, args))
-        set_learning_rate(optimizer, step, len(plan), args.learning_rate)
-        where = [prompts[i][0].where for i in plan[step]]
-        stats = update(policy, optimizer, experience, args,
-                       lambda *numbers: run.check_finite(step, *numbers, where))
-        updated = time.perf_counter()
-
-        tokens = sum(len(row.ids) for row in rollout.rows)
-        metrics = stats | rollout_metrics(rollout, rewards, total, experience, args)
-        run.log(step + 1, "train", **metrics, learning_rate=optimizer.param_groups[0]["lr"],
-                tokens_per_s=tokens / (updated - began),
-                rollout_tokens_per_s=rollout.completion_mask.sum().item() / (sampled - began),
-                scoring_tokens_per_s=tokens / (scored - sampled),
-                update_tokens_per_s=tokens * args.updates_per_rollout / (updated - scored))
+        metrics |= rollout_metrics(rollout, rewards, total, experience, args)
+        speed = speeds(rollout, times, args.updates_per_rollout)
+        run.log(step + 1, "train", **metrics, learning_rate=learning_rate, **speed)
         shown = {name: f"{metrics[name]:.3f}" for name in ("reward", "zero_variance", "entropy")}
         bar.set_postfix(shown, refresh=False)
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
-            evaluate(policy, step + 1)
+            evaluate(policy, held_out, run, step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             run.save_checkpoint(step + 1, policy, optimizer, memory)
 
-    save_model(policy, tokenizer, run.dir, args.save_dtype, args.model)
-    saved = shard(load_model(str(run.dir), args.device, args.dtype), args)
-    evaluation, samples = evaluate(saved, len(plan))
+    saved = save_and_reload(policy, tokenizer, run.dir, args)
+    evaluation, samples = evaluate(saved, held_out, run, len(plan))
     rates = ("pass_at_1", "pass_at_k", "greedy_accuracy")
     evaluation |= {f"{name}_ref": memory["before"][name] for name in rates}
-    report(run, evaluation, samples, held_out.reference_samples)
+    report(run, evaluation, samples, held_out)
     print_table([["policy", "pass@1", f"pass@{args.eval_samples}", "greedy accuracy"],
-                 ["reference", *(f"{evaluation[f'{name}_ref']:.1%}" for name in rates)],
-                 ["trained", *(f"{evaluation[name]:.1%}" for name in rates)]])
+                 ["reference", *[f"{evaluation[f'{name}_ref']:.1%}" for name in rates]],
+                 ["trained", *[f"{evaluation[name]:.1%}" for name in rates]]])
 
 
 if __name__ == "__main__":

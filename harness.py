@@ -405,7 +405,7 @@ class Limits:
     def of(cls, args, *models):
         longest = min(window(model) for model in models)
         if args.max_length is not None and args.max_length > longest:
-            raise UserError(f"--max-length {args.max_length}: the model's window is {longest} tokens")
+            raise UserError(f"--max-length {args.max_length}: the window has {longest} tokens")
         words = min(model.get_input_embeddings().num_embeddings for model in models)
         return cls(args.max_length or min(longest, 1024), words)
 
@@ -482,6 +482,23 @@ def load_prompts(args, model, tokenizer) -> tuple[list, list]:
     return [(example, row.ids) for example, (row,) in train], different_prompts(held_out, args)
 
 
+def load_different_prompts(args, model, tokenizer) -> list[tuple[Example, list[int]]]:
+    """-> [(example, ids)] of --dataset; a prompt that occurs again is skipped and counted."""
+    seen = set()
+
+    def encode(example):
+        example["prompt"] = column(example, "prompt")
+        ids = encode_prompt(tokenizer, example["prompt"], tools_of(example))
+        if tuple(ids) in seen:
+            raise Skip("an earlier row has the same prompt")
+        seen.add(tuple(ids))
+        return [make_row(ids, [])]
+
+    examples, limits = load_rows(args.dataset, args.split), Limits.of(args, model)
+    encoded = encode_examples(examples, encode, limits, args.max_new_tokens)
+    return [(example, row.ids) for example, (row,) in encoded]
+
+
 def different_prompts(encoded, args) -> list[tuple[Example, list[int]]]:
     """The first --eval-prompts different prompts of [(example, rows)] -> [(example, ids)]."""
     found = {}
@@ -514,10 +531,11 @@ def load_function(flag: str, spec: str):
     sys.path[:] = [p for p in sys.path if p and str(Path(p).resolve()) not in (directory, ours)]
     sys.path.insert(len(sys.path) if directory == ours else 0, directory)
     sys.path.append(ours)
-    name_in_sys = Path(file).stem if Path(file).stem not in sys.modules else f"user_{Path(file).stem}"
-    module_spec = importlib.util.spec_from_file_location(name_in_sys, file)
+    stem = Path(file).stem
+    stem = f"user_{stem}" if stem in sys.modules else stem
+    module_spec = importlib.util.spec_from_file_location(stem, file)
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name_in_sys] = module  # dataclasses and process pools look their module up
+    sys.modules[stem] = module  # dataclasses and process pools look their module up
     try:
         with as_guest():
             module_spec.loader.exec_module(module)
@@ -588,7 +606,8 @@ def call_user(flag: str, spec: str, function, arguments: dict, seconds: float) -
     if isinstance(values, (torch.Tensor, numpy.ndarray)):
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
-        raise UserError(f"{flag} {spec} returned a {type(values).__name__}: return a list of numbers")
+        kind = type(values).__name__
+        raise UserError(f"{flag} {spec} returned a {kind}: return a list of numbers")
     number = len(arguments["prompts"]) if "prompts" in arguments else None
     if number is not None and len(values) != number:
         raise UserError(f"{flag} {spec} returned {len(values)} numbers for {number} completions: "
@@ -693,55 +712,59 @@ def score_all(model, rows, micro_batch_size=None) -> torch.Tensor:
 
 @dataclass
 class HeldOut:
-    """What policies are judged by: prompts, a judge, and the reference's own completions."""
+    """What policies are evaluated with: prompts, a judge, the reference and its completions."""
 
     prompts: list[tuple[Example, list[int]]]
-    reward: object  # None: only the KL is measured
-    reference_samples: list[dict] | None = None  # by the first evaluation, before any update
+    reward: object  # reward(examples, completions, completion_ids); None: only the KL is measured
+    reference: torch.nn.Module
+    tokenizer: object
+    reference_samples: list[dict] | None = None  # of the first evaluation, before any update
 
 
-def evaluate_policy(model, reference, tokenizer, held_out: HeldOut, args, step: int,
-                    policy_prompts=None) -> tuple[dict, list[dict]]:
+def evaluate_policy(policy, held_out: HeldOut, args, step: int, policy_prompts=None):
     """One completion per held-out prompt -> (metrics, samples): KL(pi || pi_ref) in nats per
     completion and, where there is a reward, its mean and the win rate against the reference's
-    own completions. policy_prompts: ids for the policy, where it reads others than the reference.
+    completions. policy_prompts: ids for the policy, where it reads others than the reference.
     """
     examples, prompt_ids = zip(*held_out.prompts)
     with torch.random.fork_rng(devices=[]):  # an evaluation must not change what training draws
         torch.manual_seed(args.seed + 1000 * step)
-        rollout = common.generate(model, tokenizer, policy_prompts or prompt_ids, 1,
+        rollout = common.generate(policy, held_out.tokenizer, policy_prompts or prompt_ids, 1,
                                   args.max_new_tokens, args.temperature)
     completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
     ref_rows = [make_row(ids, completion) for ids, completion in zip(prompt_ids, completion_ids)]
-    logps = common.sequence_logprobs(model, rollout.rows, args.micro_batch_size, args.temperature)
-    with common.adapters_off(reference):
-        ref_logps = common.sequence_logprobs(reference, ref_rows, args.micro_batch_size,
-                                             args.temperature)
+    how = args.micro_batch_size, args.temperature
+    log_ratios = common.sequence_logprobs(policy, rollout.rows, *how)
+    with common.adapters_off(held_out.reference):
+        log_ratios -= common.sequence_logprobs(held_out.reference, ref_rows, *how)
     metrics = {"ended": rollout.ended.float().mean().item()}
-    metrics["kl"], metrics["kl_se"] = mean_and_se(logps - ref_logps)
-    samples = [{"step": step, "prompt": example["prompt"], "completion": text, "ended": ended}
-               for example, text, ended in zip(examples, rollout.completions, rollout.ended.tolist())]
+    metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
+    samples = []
+    for example, completion, end in zip(examples, rollout.completions, rollout.ended.tolist()):
+        sample = {"step": step, "prompt": example["prompt"], "completion": completion}
+        samples.append(sample | {"ended": end})
     if held_out.reward:
         rewards = held_out.reward(examples, rollout.completions, completion_ids)
         for sample, reward in zip(samples, rewards.tolist()):
             sample["reward"] = reward
-        before = held_out.reference_samples or samples
-        ref_rewards = torch.tensor([sample["reward"] for sample in before])
+        before = [sample["reward"] for sample in held_out.reference_samples or samples]
         metrics["reward"], metrics["reward_se"] = mean_and_se(rewards)
-        metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(wins(rewards, ref_rewards))
+        won = wins(rewards, torch.tensor(before))
+        metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(won)
         optimum = optimal_gain(args, metrics["kl"])
         if optimum:
-            metrics["share_of_optimum"] = (metrics["reward"] - ref_rewards.mean().item()) / optimum
+            gain = metrics["reward"] - torch.tensor(before).mean().item()
+            metrics["share_of_optimum"] = gain / optimum
     held_out.reference_samples = held_out.reference_samples or samples
     return metrics, samples
 
 
 def optimal_gain(args, kl: float) -> float | None:
     """The most reward that any policy with this KL can gain, where assets/ knows it."""
-    reference = str(Path(getattr(args, "reference", None) or args.model).resolve())
-    gold = [str(Path(spec).resolve()) for spec in args.reward_fn or ()] if isinstance(
-        args.reward_fn, list) else [str(Path(args.reward_fn or "").resolve())]
-    if (reference, gold, args.temperature) != (str(ASSETS / "tiny-sft"), [GOLD], 1.0):
+    specs = args.reward_fn if isinstance(args.reward_fn, list) else [args.reward_fn or ""]
+    gold = [str(Path(spec).resolve()) for spec in specs] == [GOLD]
+    reference = Path(getattr(args, "reference", None) or args.model).resolve()
+    if not gold or reference != ASSETS / "tiny-sft" or args.temperature != 1.0:
         return None
     from assets.frontier import gain_at
     return gain_at(kl)
@@ -765,32 +788,32 @@ def with_se(metrics: dict, name: str, form: str) -> str:
     return f"{metrics[name]:{form}}" + (f" ± {error:{form}}" if error is not None else "")
 
 
-def report(run, evaluation: dict, samples: list[dict], reference_samples: list[dict]) -> None:
+def report(run, evaluation: dict, samples: list[dict], held_out: HeldOut, who="trained") -> None:
     """Write results.json; print five pairs of completions, and reference and trained policy."""
-    ended = sum(sample["ended"] for sample in reference_samples) / len(reference_samples)
-    before, after = ["reference", "0"], ["trained", with_se(evaluation, "kl", ".2f")]
-    header = ["policy", "KL, nats"]
+    before = held_out.reference_samples
+    ended = sum(sample["ended"] for sample in before) / len(before)
+    table = {"policy": ("reference", who)}
     if "reward" in evaluation:
-        rewards = torch.tensor([sample["reward"] for sample in reference_samples]).double()
-        sd = rewards.std().item() if len(rewards) > 1 else None
-        evaluation = evaluation | {"reward_ref": rewards.mean().item(), "reward_ref_sd": sd}
-        header += ["reward", "win rate"]
-        before += [f"{rewards.mean():.2f}" + (f" (sd {sd:.2f})" if sd is not None else ""), "50%"]
-        after += [with_se(evaluation, "reward", ".2f"), with_se(evaluation, "win_rate", ".1%")]
-    header, before, after = [*header, "ended"], [*before, f"{ended:.1%}"], [
-        *after, f"{evaluation['ended']:.1%}"]
+        rewards = torch.tensor([sample["reward"] for sample in before]).double()
+        evaluation["reward_ref"] = rewards.mean().item()
+        evaluation["reward_ref_sd"] = rewards.std().item() if len(rewards) > 1 else None
+        sd = f" (sd {rewards.std():.2f})" if len(rewards) > 1 else ""
+        table["reward"] = f"{rewards.mean():.2f}{sd}", with_se(evaluation, "reward", ".2f")
+    table["KL, nats"] = "0", with_se(evaluation, "kl", ".2f")
+    if "reward" in evaluation:
+        table["win rate"] = "50%", with_se(evaluation, "win_rate", ".1%")
+    table["ended"] = f"{ended:.1%}", f"{evaluation['ended']:.1%}"
     if "share_of_optimum" in evaluation:
-        header, before = [*header, "of the optimum"], [*before, "-"]
-        after = [*after, f"{evaluation['share_of_optimum']:.1%}"]
+        table["of the optimum"] = "-", f"{evaluation['share_of_optimum']:.1%}"
     run.write_results(**evaluation)
-    for pair in list(zip(reference_samples, samples))[:5]:
+    for pair in list(zip(before, samples))[:5]:
         prompt = pair[0]["prompt"]
         print(f"\n{(prompt if isinstance(prompt, str) else prompt[-1]['content'])[-300:]}")
-        for who, sample in zip(("reference", "trained"), pair):
+        for name, sample in zip(("reference", who), pair):
             reward = f"{sample['reward']:+.2f} " if "reward" in sample else ""
-            print(f"  {who:9} {reward}|{sample['completion'][:400]}")
+            print(f"  {name:9} {reward}|{sample['completion'][:400]}")
     print(f"\n{len(samples)} held-out prompts, one completion each:")
-    print_table([header, before, after])
+    print_table([list(table), *zip(*table.values())])
     print(f"saved to {run.dir}")
 
 
@@ -802,6 +825,19 @@ def print_table(rows: list[list]) -> None:
     for first, *others in cells:
         padded = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:])]
         print("  ".join([f"  {first:<{widths[0]}}", *padded]))
+
+
+def speeds(rollout, times: list[float], updates: int = 1) -> dict:
+    """Tokens per second of a step and its parts: times at the beginning, and after sampling,
+    scoring and `updates` passes over the completions."""
+    tokens = sum(len(ids) for ids, _ in rollout.rows)
+    sampling, scoring, updating = [after - before for before, after in zip(times, times[1:])]
+    return {
+        "tokens_per_s": tokens / (times[-1] - times[0]),
+        "rollout_tokens_per_s": rollout.completion_mask.sum().item() / sampling,
+        "scoring_tokens_per_s": tokens / scoring,
+        "update_tokens_per_s": tokens * updates / updating,
+    }
 
 
 def progress_bar(name: str, start: int, total: int) -> tqdm:
@@ -818,7 +854,8 @@ class Run:
     A run that is killed and started again with --resume writes what it would have written."""
 
     WRITTEN = ("results.json", "config.json", "generation_config.json", "tokenizer.json",
-               "tokenizer_config.json", "chat_template.jinja", "model*.safetensors*", "adapter/*")
+               "tokenizer_config.json", "chat_template.jinja", "model*.safetensors*", "adapter/*",
+               "best.jsonl", "pairs.jsonl", "battles.jsonl")
     FREE = ("resume", "device", "tensorboard", "output_dir", "micro_batch_size", "replicas",
             "gradient_checkpointing", "reward_timeout")  # flags that --resume may change
 
@@ -924,24 +961,27 @@ class Run:
                  "lengths": {name: file.tell() for name, file in self.files.items()}}
         if optimizer:
             common.reshard(model)
-            options = StateDictOptions(full_state_dict=True, cpu_offload=common.world_size() > 1)
+            options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True,
+                                       cpu_offload=common.world_size() > 1)
             state["model"], state["optimizer"] = get_state_dict(model, optimizer, options=options)
         if rank() == 0:
             write_atomically(self.checkpoint, lambda file: torch.save(state, file))
 
     def write_results(self, **results) -> None:
+        results["seconds"] = time.time() - self.started
         if rank() == 0:
-            write_json(self.dir / "results.json", {**results, "seconds": time.time() - self.started})
+            write_json(self.dir / "results.json", results)
 
-    def check_finite(self, step: int, loss: float, grad_norm: float, rows: list[str]) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def check_finite(self, step: int, metrics: dict, examples: list[Example]) -> None:
+        numbers = {name: x for name, x in metrics.items() if "loss" in name or "grad_norm" in name}
+        if all(math.isfinite(x) for x in numbers.values()):
             return
-        saved = f"the last good checkpoint is {self.checkpoint}"
-        if not self.checkpoint.exists():
-            saved = "there is no checkpoint yet"
+        saved = "there is no checkpoint yet"
+        if self.checkpoint.exists():
+            saved = f"the last good checkpoint is {self.checkpoint}"
         fix = "training diverged: lower --learning-rate" if step else "look at these rows"
-        raise UserError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}, on rows "
-                        f"{', '.join(rows[:4])} ...: {fix}; {saved}")
+        raise UserError(f"update {step + 1}: {numbers}, on {examples[0].where} and the "
+                        f"{len(examples) - 1} others of its batch: {fix}; {saved}")
 
 
 def random_state() -> list[torch.Tensor]:

@@ -64,7 +64,7 @@ reward function by its name.
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -72,12 +72,14 @@ from transformers import AutoModelForSequenceClassification
 
 from common import (
     Row, UserError, adapters_off, all_reduce, clip_gradients, generate, head_scores, load_model,
-    load_reference, load_tokenizer, mean_over_batch, micro_batches, pad_rows, prepare_for_training,
-    save_model, send, set_learning_rate, shard, states_at, to_floats, token_budget, token_logprobs
+    load_policy, load_reference, load_tokenizer, mean_over_batch, micro_batches, pad_rows,
+    prepare_for_training, save_and_reload, send, set_learning_rate, states_at, to_floats,
+    token_budget, token_logprobs
 )
 from harness import (
     ASSETS, GOLD, Count, HeldOut, NonNegative, Positive, Run, Share, TrainArgs, batches,
-    evaluate_policy, is_embedded, load_prompts, load_reward, progress_bar, report, run_script
+    evaluate_policy, is_embedded, load_prompts, load_reward, progress_bar, report, run_script,
+    speeds
 )
 
 
@@ -98,7 +100,7 @@ class Args(TrainArgs):
     reward_model: str | None = None
     """sequence-classification model with one label that gives the reward; embedded data: tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function, the reward; beside --reward-model only the judge of what that model taught"""
+    """FILE.py:function, the reward; beside --reward-model only the judge of what that one taught"""
     critic_model: str | None = None
     """what the critic starts from; default: --reward-model if it has the policy's tokenizer, else
     --model"""
@@ -115,15 +117,15 @@ class Args(TrainArgs):
     clip: Positive = 0.2
     """the ratio is clipped to 1 - clip ... 1 + clip"""
     clip_value: Positive | None = None
-    """the critic's change within a step is clipped to this; 0.2 in most code; default: not clipped"""
+    """the critic's change within a step is clipped to this, 0.2 in most code; default: no clip"""
     ppo_epochs: Count = 1
     """passes over a step's completions"""
     mini_batches: Count = 2
     """updates per pass"""
-    critic_warmup: NonNegative = 3
+    critic_warmup: Annotated[int, (lambda x: x >= 0, "0 or more steps")] = 3
     """steps in which only the critic learns"""
     max_update_kl: Positive | None = None
-    """nats per token that a step's updates may move the policy before the rest of them is skipped"""
+    """nats per token that updates may move the policy before the rest of a step is skipped"""
     missing_eos_penalty: NonNegative = 1.0
     """subtracted from the score of completions truncated at --max-new-tokens"""
     learning_rate: Positive = 4e-4
@@ -174,7 +176,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def whiten(advantages, mask):
-    """Mean 0 and deviation 1 over the tokens of all completions: [B, T] -> [B, T]; of one token, 0."""
+    """Mean 0 and deviation 1 over the tokens of all completions: [B, T] -> [B, T]; one token: 0."""
     tokens = mask.sum()
     centred = (advantages - (advantages * mask).sum() / tokens) * mask
     variance = centred.square().sum() / (tokens - 1).clamp(min=1)
@@ -182,8 +184,8 @@ def whiten(advantages, mask):
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip, total=None):
-    """Equation (4), the mean over tokens: all [B, T] -> scalar. total: tokens to divide by, those of
-    the mask unless micro-batches share an update's."""
+    """Equation (4), the mean over tokens: all [B, T] -> scalar. total: tokens to divide by, those
+    of the mask unless micro-batches share an update's."""
     rho = ((logps - old_logps) * mask).exp()
     losses = -torch.min(rho * advantages, rho.clamp(1 - clip, 1 + clip) * advantages)
     return (losses * mask).sum() / (mask.sum() if total is None else total)
@@ -242,8 +244,9 @@ def token_values(critic, input_ids, completion_mask):
 @dataclass
 class Experience:
     """A step's completions, and what policy, reference and critic said of them before the update.
-    All tensors [B, T], on the policy's device."""
+    Tensors [B, T], on the policy's device."""
 
+    examples: list
     rows: list[Row]
     mask: torch.Tensor
     old_logps: torch.Tensor
@@ -253,7 +256,7 @@ class Experience:
     returns: torch.Tensor | None = None
 
 
-def update_plan(rows: list[Row], args: Args, budget: int) -> list[tuple[list[int], list[list[int]]]]:
+def update_plan(rows: list[Row], args: Args, budget: int) -> list[tuple[list, list]]:
     """The mini-batches of a step, shuffled anew in each epoch: [(indices, micro-batches)]."""
     plan = []
     for _ in range(args.ppo_epochs):
@@ -265,22 +268,23 @@ def update_plan(rows: list[Row], args: Args, budget: int) -> list[tuple[list[int
 
 
 @torch.no_grad()
-def score_experience(policy, reference, critic, rollout, plan, args: Args) -> Experience:
-    """By the forward passes of the first epoch: the ratio of its first mini-batch is then exactly 1,
-    which the rollout's log-probabilities, computed token by token, would miss by rounding."""
-    mask = rollout.completion_mask.to(policy.device)
+def score_experience(networks, reference, rollout, plan, args: Args) -> Experience:
+    """By the forward passes of the first epoch: the ratio of its first mini-batch is then exactly
+    1, which log-probabilities computed token by token, the rollout's, would miss by rounding."""
+    policy, critic = networks["policy"], networks["critic"]
     logps, ref_logps, values = [torch.zeros_like(rollout.logps) for _ in range(3)]
     for _, groups in plan[:len(plan) // args.ppo_epochs]:
         for group in groups:
-            input_ids, part = pad_rows([rollout.rows[i] for i in group])
-            width, (at,) = part.shape[1], send(policy.device, torch.tensor(group))
-            logps[at, :width] = token_logprobs(policy, input_ids, part, args.temperature)
-            values[at, :width] = token_values(critic, input_ids, part)
+            input_ids, mask = pad_rows([rollout.rows[i] for i in group])
+            width, (at,) = mask.shape[1], send(policy.device, torch.tensor(group))
+            logps[at, :width] = token_logprobs(policy, input_ids, mask, args.temperature)
+            values[at, :width] = token_values(critic, input_ids, mask)
             with adapters_off(reference):
-                ref = token_logprobs(reference, input_ids, part, args.temperature)
+                ref = token_logprobs(reference, input_ids, mask, args.temperature)
             ref_logps[at, :width] = ref
     logps, ref_logps, values = [all_reduce(x) for x in (logps, ref_logps, values)]
-    return Experience(rollout.rows, mask, logps, ref_logps, values)
+    mask = rollout.completion_mask.to(policy.device)
+    return Experience([], rollout.rows, mask, logps, ref_logps, values)
 
 
 def add_gradients(policy, critic, experience: Experience, mini_batch, args: Args) -> dict:
@@ -312,16 +316,17 @@ def add_gradients(policy, critic, experience: Experience, mini_batch, args: Args
     return mean_over_batch(totals, tokens)
 
 
-def update(policy, critic, optimizer, experience: Experience, plan, args: Args, check) -> list[dict]:
-    """All mini-batches of a step -> what is logged of each, up to where --max-update-kl stops them.
-    policy None: only the critic learns."""
-    done = []
+def update(networks, optimizer, experience: Experience, plan, run: Run, step: int) -> list[dict]:
+    """All mini-batches of a step -> what is logged of each, up to where --max-update-kl stops
+    them. During the warm-up only the critic learns."""
+    args, done = run.args, []
+    policy = networks["policy"] if step >= args.critic_warmup else None
     for mini_batch in plan:
-        stats = add_gradients(policy, critic, experience, mini_batch, args)
-        stats["value_grad_norm"] = clip_gradients(critic, args.max_grad_norm)
+        stats = add_gradients(policy, networks["critic"], experience, mini_batch, args)
+        stats["value_grad_norm"] = clip_gradients(networks["critic"], args.max_grad_norm)
         if policy is not None:
             stats["grad_norm"] = clip_gradients(policy, args.max_grad_norm)
-        check(stats["loss"] + stats["value_loss"], stats.get("grad_norm", 0) + stats["value_grad_norm"])
+        run.check_finite(step, stats, experience.examples)
         done.append(stats)
         if args.max_update_kl and stats["update_kl"] > args.max_update_kl:
             optimizer.zero_grad()
@@ -343,10 +348,23 @@ def explained_variance(values, returns, mask) -> torch.Tensor:
 # --- main ---
 
 
+def evaluate(policy, held_out: HeldOut, proxy, run: Run, step: int):
+    """The judge's reward, and beside it the reward that is trained on (proxy)."""
+    metrics, samples = evaluate_policy(policy, held_out, run.args, step)
+    metrics["proxy_reward"] = metrics["reward"]
+    if proxy is not held_out.reward:
+        examples = [example for example, _ in held_out.prompts]
+        completions = [sample["completion"] for sample in samples]
+        metrics["proxy_reward"] = proxy(examples, completions).mean().item()
+    run.log(step, "eval", **metrics)
+    run.write("samples", *samples)
+    return metrics, samples
+
+
 def step_metrics(rollout, experience: Experience, rewards, scores, truths) -> dict:
     e, lengths = experience, experience.mask.sum(1).float()  # [B]
     kl = (e.old_logps - e.ref_logps).sum(1)  # [B], nats per completion
-    device = to_floats({
+    metrics = to_floats({
         "kl": kl.mean(),
         "kl_per_token": kl.sum() / lengths.sum(),
         "objective": rewards.sum(1).mean(),  # (1), less the penalty for truncation
@@ -355,7 +373,7 @@ def step_metrics(rollout, experience: Experience, rewards, scores, truths) -> di
         "length": lengths.mean(),
         "sampling_gap": (e.old_logps - rollout.logps).abs().max(),
     })
-    return device | to_floats({
+    return metrics | to_floats({
         "reward": truths.mean(),
         "proxy_reward": scores.mean(),
         "ended": rollout.ended.float().mean(),
@@ -374,93 +392,86 @@ def update_metrics(stats: list[dict]) -> dict:
     }
 
 
-def main(args: Args) -> None:
+def check_args(args: Args) -> None:
     if args.mini_batches > args.batch_size:
-        raise UserError(f"--mini-batches {args.mini_batches}: at most --batch-size")
+        raise UserError(f"--mini-batches {args.mini_batches}: give at most --batch-size")
     if is_embedded(args) and not args.reward_fn:
-        args.reward_model, args.reward_fn = args.reward_model or str(ASSETS / "tiny-rm"), GOLD
+        args.reward_model = args.reward_model or str(ASSETS / "tiny-rm")
+        args.reward_fn = GOLD
     if not (args.reward_model or args.reward_fn):
         raise UserError("no reward: give a --reward-model or a --reward-fn")
+
+
+def load_rewards(args: Args, chat_template):
+    """-> proxy, the reward that is trained on, and gold, the judge of what that taught."""
+    gold = load_reward(args, args.reward_fn)
+    proxy = load_reward(args, None, args.reward_model, chat_template) or gold
+    return proxy, gold or proxy
+
+
+def main(args: Args) -> None:
+    check_args(args)
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    policy = load_model(args.model, args.device, args.dtype)
-    policy = prepare_for_training(policy, args)
+    policy = load_policy(args)
     reference = load_reference(policy, args)
-    gold = load_reward(args, args.reward_fn)
-    proxy = load_reward(args, None, args.reward_model, tokenizer.chat_template) or gold
+    proxy, gold = load_rewards(args, tokenizer.chat_template)
     critic = prepare_for_training(load_critic(args, tokenizer), args)
+    networks = torch.nn.ModuleDict({"policy": policy, "critic": critic})
     prompts, eval_prompts = load_prompts(args, policy, tokenizer)
-    held_out = HeldOut(eval_prompts, gold or proxy)
+    held_out = HeldOut(eval_prompts, gold, reference, tokenizer)
     plan = batches(len(prompts), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {len(plan)} steps of "
-          f"{args.batch_size} completions; in the first {args.critic_warmup:g} only the critic learns",
-          flush=True)
+          f"{args.batch_size} completions, in the first {args.critic_warmup} of which only the "
+          "critic learns", flush=True)
 
-    networks = torch.nn.ModuleDict({"policy": policy, "critic": critic})
     groups = [{"params": list(network.parameters())} for network in networks.values()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     done, memory = run.start(networks, optimizer)
-    beta = memory.get("beta", args.beta)
-
-    def evaluate(policy, step):
-        metrics, samples = evaluate_policy(policy, reference, tokenizer, held_out, args, step)
-        metrics["proxy_reward"] = metrics["reward"]
-        if gold and gold is not proxy:
-            examples, completions = [e for e, _ in eval_prompts], [s["completion"] for s in samples]
-            metrics["proxy_reward"] = proxy(examples, completions).mean().item()
-        run.log(step, "eval", **metrics)
-        run.write("samples", *samples)
-        return metrics, samples
-
     if done == 0:
-        memory["before"], memory["reference_samples"] = evaluate(policy, 0)
-    held_out.reference_samples = memory["reference_samples"]
+        memory["before"], memory["samples"] = evaluate(policy, held_out, proxy, run, 0)
+        memory["beta"] = args.beta
+    held_out.reference_samples = memory["samples"]
     bar = progress_bar("ppo_rlhf", done, len(plan))
     for step in bar:
-        began = time.perf_counter()
-        examples = [prompts[i][0] for i in plan[step]]
-        rollout = generate(policy, tokenizer, [prompts[i][1] for i in plan[step]], 1,
-                           args.max_new_tokens, args.temperature)
-        sampled = time.perf_counter()
-        scores = proxy(examples, rollout.completions)  # [B]
-        truths = gold(examples, rollout.completions) if gold and gold is not proxy else scores
-        updates = update_plan(rollout.rows, args, token_budget(policy))
-        e = score_experience(policy, reference, critic, rollout, updates, args)
-        scored = time.perf_counter()
+        times, examples = [time.perf_counter()], [prompts[i][0] for i in plan[step]]
+        prompt_ids = [prompts[i][1] for i in plan[step]]
+        rollout = generate(policy, tokenizer, prompt_ids, 1, args.max_new_tokens, args.temperature)
+        times.append(time.perf_counter())
+        scores, mini_batches = proxy(examples, rollout.completions), update_plan(
+            rollout.rows, args, token_budget(policy))
+        truths = scores if gold is proxy else gold(examples, rollout.completions)
+        e = score_experience(networks, reference, rollout, mini_batches, args)
+        e.examples = examples
+        times.append(time.perf_counter())
 
-        penalised = (scores - args.missing_eos_penalty * ~rollout.ended).to(policy.device)
-        rewards = kl_rewards(penalised, e.old_logps, e.ref_logps, e.mask, beta)
+        penalised = (scores - args.missing_eos_penalty * ~rollout.ended).to(e.mask.device)
+        rewards = kl_rewards(penalised, e.old_logps, e.ref_logps, e.mask, memory["beta"])
         e.advantages, e.returns = gae(rewards, e.old_values, e.mask, args.gamma, args.lam)
         if args.scale:
             e.advantages = whiten(e.advantages, e.mask)
-        set_learning_rate(optimizer, step, len(plan), args.learning_rate, args.value_learning_rate)
-        where = [example.where for example in examples]
-        stats = update(policy if step >= args.critic_warmup else None, critic, optimizer, e,
-                       updates, args, lambda *numbers: run.check_finite(step, *numbers, where))
-        updated = time.perf_counter()
+        rates = args.learning_rate, args.value_learning_rate
+        learning_rate = set_learning_rate(optimizer, step, len(plan), *rates)
+        stats = update(networks, optimizer, e, mini_batches, run, step)
+        times.append(time.perf_counter())
 
-        tokens = sum(len(ids) for ids, _ in rollout.rows)
         metrics = update_metrics(stats) | step_metrics(rollout, e, rewards, scores, truths)
-        done_share = args.ppo_epochs * len(stats) / len(updates)
-        run.log(step + 1, "train", **metrics, beta=beta, learning_rate=optimizer.param_groups[0]["lr"],
-                tokens_per_s=tokens / (updated - began),
-                rollout_tokens_per_s=e.mask.sum().item() / (sampled - began),
-                scoring_tokens_per_s=tokens / (scored - sampled),
-                update_tokens_per_s=tokens * done_share / (updated - scored))
-        beta = memory["beta"] = adapted_beta(beta, metrics["kl"], args.target_kl)
+        speed = speeds(rollout, times, len(stats) / args.mini_batches)
+        run.log(step + 1, "train", **metrics, beta=memory["beta"], learning_rate=learning_rate,
+                **speed)
+        memory["beta"] = adapted_beta(memory["beta"], metrics["kl"], args.target_kl)
         shown = {name: f"{metrics[name]:.2f}" for name in ("proxy_reward", "reward", "kl")}
         bar.set_postfix(shown, refresh=False)
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
-            evaluate(policy, step + 1)
+            evaluate(policy, held_out, proxy, run, step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             run.save_checkpoint(step + 1, networks, optimizer, memory)
 
-    save_model(policy, tokenizer, run.dir, args.save_dtype, args.model)
-    saved = shard(load_model(str(run.dir), args.device, args.dtype), args)
-    evaluation, samples = evaluate(saved, len(plan))
+    saved = save_and_reload(policy, tokenizer, run.dir, args)
+    evaluation, samples = evaluate(saved, held_out, proxy, run, len(plan))
     evaluation["proxy_reward_ref"] = memory["before"]["proxy_reward"]
-    report(run, evaluation, samples, held_out.reference_samples)
+    report(run, evaluation, samples, held_out)
     print(f"proxy reward: reference {evaluation['proxy_reward_ref']:.2f}, trained "
           f"{evaluation['proxy_reward']:.2f}")
 

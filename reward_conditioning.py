@@ -47,7 +47,6 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -57,9 +56,8 @@ from transformers import PreTrainedTokenizerFast
 
 from common import (
     Row, UserError, adapters_off, clip_gradients, encode, encode_prompt, encode_row, generate,
-    load_model, load_reference, load_tokenizer, logits_at, make_row, mean_over_batch, micro_batches,
-    pad_rows, prepare_for_training, save_model, send, set_learning_rate, shard, stop_ids,
-    token_budget
+    load_policy, load_reference, load_tokenizer, logits_at, make_row, mean_over_batch,
+    micro_batches, pad_rows, save_and_reload, send, set_learning_rate, stop_ids, token_budget
 )
 from harness import (
     ASSETS, GOLD, Count, HeldOut, Limits, NonNegative, Positive, Run, TrainArgs, batches, column,
@@ -75,23 +73,23 @@ class Args(TrainArgs):
     method: Literal["quark", "binary"] = "quark"
     """quark: quantiles of the reward of own completions; binary: chosen and rejected"""
     dataset: str | None = None
-    """prompts (binary: comparisons): Hub id, id:config, or a local file or directory"""
+    """prompts (binary: comparisons): Hub id, id:config, or local file or directory"""
     split: str = "train"
     """split of --dataset, or a part of it such as train[:1000]"""
     prompt_column: str = "prompt"
     """column with the prompts"""
     eval_dataset: str | None = None
-    """held-out data of the same kind; default: that of a tenth of the prompts, at most 500"""
+    """held-out data of the same kind; default: a tenth of the prompts, at most 500"""
     eval_split: str = "test"
     """split of --eval-dataset"""
     reward_model: str | None = None
-    """sequence-classification model with one label: quark's reward; embedded data: tiny-rm"""
+    """sequence-classification model with one label, quark's reward; embedded data: tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function: quark's reward; beside --reward-model, and for binary, only the judge"""
+    """FILE.py:function, quark's reward; beside --reward-model, or for binary, the judge"""
     prefix: str = 12 * "{label}" + " "
     """text in front of prompts, {label} the number; for real models "Quality {label} of 5. " """
     beta: NonNegative | None = None
-    """KL coefficient: the larger, the closer to the reference; default: quark 0.2, binary 0"""
+    """KL coefficient: the larger, the closer to the reference; default: 0.2, binary 0"""
     quantiles: Annotated[int, (lambda x: x >= 2, "at least 2")] = 5
     """quark: number of labels"""
     rounds: Count = 6
@@ -101,11 +99,11 @@ class Args(TrainArgs):
     samples_per_prompt: Count = 2
     """quark: completions per prompt"""
     learning_rate: Positive | None = None
-    """peak, after 10% warm-up, before linear decay to 0; default: quark 3e-3, binary 4e-3"""
+    """peak, after 10% warm-up, before linear decay to 0; default: 3e-3, binary 4e-3"""
     batch_size: Count = 32
     """completions per update"""
     epochs: Positive | None = None
-    """binary: passes over the completions, default 1.5; quark: over those of a round, default 1"""
+    """passes over as many completions as there are new; default: 1, binary 1.5"""
     max_steps: Count | None = None
     """number of updates (quark: per round), whatever --epochs says"""
     max_new_tokens: Count = 64
@@ -123,8 +121,8 @@ class Args(TrainArgs):
 
 
 def quantile_labels(rewards: torch.Tensor, quantiles: int) -> torch.Tensor:
-    """Rewards [N] -> labels 1 ... K [N], K the best: the sorted pool, cut into parts of equal size
-    (to one completion). Of equal rewards at a cut, the earlier get the lower label."""
+    """Rewards [N] -> labels 1 ... K [N], K the best: the sorted pool, cut into parts of equal
+    size (to one completion). Of equal rewards at a cut, the earlier get the lower label."""
     labels = torch.empty(len(rewards), dtype=torch.long)
     order = rewards.sort(stable=True).indices
     labels[order] = 1 + torch.arange(len(rewards)) * quantiles // len(rewards)
@@ -138,8 +136,8 @@ CHAT_LABEL = """{%%- set i = 1 if messages[0]['role'] == 'system' else 0 -%%}
 
 
 def with_label(tokenizer, text: str):
-    """A copy of the tokenizer that puts a label's text in front of every prompt, in any software
-    that reads its files. The label and a text are encoded apart: no token spans both."""
+    """A copy of the tokenizer that puts a label's text in front of every prompt, in any
+    software. The label and a text are encoded apart: no token spans both."""
     labelled = copy.deepcopy(tokenizer)
     labelled.__class__ = PreTrainedTokenizerFast  # some classes write their own post-processor
     encoded = tokenizer("a", return_special_tokens_mask=True)
@@ -157,55 +155,43 @@ def with_label(tokenizer, text: str):
     return labelled
 
 
-@dataclass
-class Models:
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    tokenizer: PreTrainedTokenizerFast  # without a label
-    labelled: dict[int, PreTrainedTokenizerFast]  # label -> a tokenizer that asks for it
-
-
-def load_models(args: Args) -> Models:
-    tokenizer, labelled = load_tokenizer(args.model, args.chat_template), {}
+def label_tokenizers(args: Args) -> dict:
+    """label -> the tokenizer that asks for it, from 1 to the best; 0: without a label."""
+    tokenizer = load_tokenizer(args.model, args.chat_template)
     if not tokenizer.is_fast:
         raise UserError(f"model {args.model}: it has no tokenizer.json to put the label into")
     best = args.quantiles if args.method == "quark" else 2
+    tokenizers = {0: tokenizer}
     for label in range(1, best + 1):
-        labelled[label] = with_label(tokenizer, args.prefix.replace("{label}", str(label)))
-    policy = load_model(args.model, args.device, args.dtype)
-    policy = prepare_for_training(policy, args)
-    reference = load_reference(policy, args)
-    return Models(policy, reference, tokenizer, labelled)
+        tokenizers[label] = with_label(tokenizer, args.prefix.replace("{label}", str(label)))
+    return tokenizers
 
 
 # --- data ---
 
 
-def load_data(args: Args, models: Models):
-    """-> training examples, binary's labelled completions [(example, row)], and held-out prompts
-    [(example, ids)]. Prompts must leave room for a completion behind the longest label."""
-    stops = stop_ids(models.policy, models.tokenizer)
-    longest = max(models.labelled.values(), key=lambda asking: len(encode_prompt(asking, "")))
+def load_data(args: Args, policy, tokenizers):
+    """-> training examples, binary's labelled completions [(example, row)], held-out examples.
+    Prompts must leave room for a completion behind the longest label."""
+    stops = stop_ids(policy, tokenizers[0])
+    longest = max(tokenizers.values(), key=lambda asking: len(encode_prompt(asking, "")))
 
     def encode_example(example):
         if args.method == "quark":
             example["prompt"] = column(example, args.prompt_column)
             return [make_row(prompt_ids(longest, example), [])]
-        prompt, chosen, rejected = comparison(example)
-        example["prompt"] = prompt
+        example["prompt"], chosen, rejected = comparison(example)
         rows = [make_row(prompt_ids(longest, example), [])]
         for label, completion in ((2, chosen), (1, rejected)):
-            tokenizer, tools = models.labelled[label], tools_of(example)
-            rows.append(encode_row(tokenizer, prompt, completion, stops, tools))
+            prompt, tools = example["prompt"], tools_of(example)
+            rows.append(encode_row(tokenizers[label], prompt, completion, stops, tools))
         return rows
 
-    limits = Limits.of(args, models.policy)
+    limits = Limits.of(args, policy)
     train, held_out = load_examples(args, encode_example, limits, args.max_new_tokens)
     examples = [example for example, _ in train]
     completions = [(example, row) for example, (_, *rows) in train for row in rows]
-    held_out = [example for example, _ in different_prompts(held_out, args)]
-    eval_prompts = [(example, prompt_ids(models.tokenizer, example)) for example in held_out]
-    return examples, completions, eval_prompts
+    return examples, completions, [example for example, _ in different_prompts(held_out, args)]
 
 
 def prompt_ids(tokenizer, example) -> list[int]:
@@ -235,8 +221,8 @@ def conditioning_loss(logps, ref_logps, targets, beta: float):
 
 
 def vocabulary_logprobs(model, rows: list[Row], temperature: float):
-    """-> log-probabilities of the whole vocabulary where a completion's token is predicted [N, V],
-    and these tokens [N]: in the order of rows and positions, whatever their prompts are."""
+    """-> log-probabilities of the whole vocabulary where a completion's token is predicted
+    [N, V], and these tokens [N]: row by row, whatever the prompts are."""
     input_ids, mask = pad_rows(rows)
     predicts = F.pad(mask[:, 1:], (0, 1)).bool()  # a completion's token comes next
     logits = logits_at(model, input_ids, predicts)  # [N, V]
@@ -244,47 +230,34 @@ def vocabulary_logprobs(model, rows: list[Row], temperature: float):
     return F.log_softmax(logits.float() / temperature, -1), targets
 
 
-def batch_loss(models: Models, batch, args: Args):
-    """Equation (1) for [(example, row)]. The reference reads no labels."""
-    labelled, ref_logps = [row for _, row in batch], None
-    logps, targets = vocabulary_logprobs(models.policy, labelled, args.temperature)  # [N, V], [N]
-    if args.beta:
-        plain = [without_label(models.tokenizer, example, row) for example, row in batch]
-        with torch.no_grad(), adapters_off(models.reference) as reference:
-            ref_logps, _ = vocabulary_logprobs(reference, plain, args.temperature)
-    return conditioning_loss(logps, ref_logps, targets, args.beta)
-
-
-def update(models: Models, optimizer, batch, args: Args, check) -> dict[str, float]:
-    """One update by equation (1) on [(example, row)] -> what is logged of it."""
-    began, totals = time.perf_counter(), defaultdict(float)
+def add_gradients(policy, reference, tokenizer, batch, args: Args) -> dict[str, float]:
+    """Add the gradient of equation (1) for [(example, row)] -> its loss and KL per token."""
     lengths = [len(row.ids) for _, row in batch]
-    targets = sum(sum(row.mask) for _, row in batch)
-    for group in micro_batches(lengths, args.micro_batch_size, token_budget(models.policy)):
-        loss, kl = batch_loss(models, [batch[i] for i in group], args)
-        (loss / targets).backward()
-        totals["loss"] += loss.detach()
+    tokens = sum(sum(row.mask) for _, row in batch)
+    totals = defaultdict(float)
+    for group in micro_batches(lengths, args.micro_batch_size, token_budget(policy)):
+        rows, ref_logps = [batch[i][1] for i in group], None
+        logps, targets = vocabulary_logprobs(policy, rows, args.temperature)
+        if args.beta:
+            rows = [without_label(tokenizer, *batch[i]) for i in group]
+            with torch.no_grad(), adapters_off(reference):
+                ref_logps, _ = vocabulary_logprobs(reference, rows, args.temperature)
+        loss, kl = conditioning_loss(logps, ref_logps, targets, args.beta)
+        (loss / tokens).backward()
+        totals["loss"] += loss
         if args.beta:
             totals["kl_per_token"] += kl
-    metrics = mean_over_batch(totals, targets)
-    grad_norm = clip_gradients(models.policy, args.max_grad_norm)
-    check(metrics["loss"], grad_norm, [example.where for example, _ in batch])
-    optimizer.step()
-    optimizer.zero_grad()
-    return metrics | {
-        "grad_norm": grad_norm,
-        "learning_rate": optimizer.param_groups[0]["lr"],
-        "tokens_per_s": sum(lengths) / (time.perf_counter() - began),
-    }
+    return mean_over_batch(totals, tokens)
 
 
 # --- rounds of Quark ---
 
 
-def explore(policy, tokenizer, examples, indices, pool: list[dict], *, reward, args: Args) -> dict:
-    """Add completions of these examples, asked for by this tokenizer, to the pool -> what is logged
-    of them."""
-    n, prompts = args.samples_per_prompt, [prompt_ids(tokenizer, examples[i]) for i in indices]
+def explore(policy, tokenizer, examples, indices, pool, *, reward, args: Args) -> dict:
+    """Add completions of these examples, asked for by this tokenizer, to the pool -> what is
+    logged of them."""
+    n = args.samples_per_prompt
+    prompts = [prompt_ids(tokenizer, examples[i]) for i in indices]
     rollout = generate(policy, tokenizer, prompts, n, args.max_new_tokens, args.temperature)
     indices = [i for i in indices for _ in range(n)]
     completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
@@ -298,27 +271,27 @@ def explore(policy, tokenizer, examples, indices, pool: list[dict], *, reward, a
     }
 
 
-def labelled_pool(pool: list[dict], examples, labelled: dict) -> list:
-    """All that was explored, each completion behind its quantile's label -> [(example, row)]."""
+def labelled_pool(pool: list[dict], examples, tokenizers) -> list:
+    """Each completion behind the label of its quantile -> [(example, row)]."""
     rewards, rows = torch.tensor([entry["reward"] for entry in pool]), []
-    for entry, label in zip(pool, quantile_labels(rewards, len(labelled)).tolist()):
+    labels = quantile_labels(rewards, max(tokenizers)).tolist()
+    for entry, label in zip(pool, labels):
         example = examples[entry["example"]]
-        row = make_row(prompt_ids(labelled[label], example), entry["completion"])
-        rows.append((example, row))
+        ids = prompt_ids(tokenizers[label], example)
+        rows.append((example, make_row(ids, entry["completion"])))
     return rows
 
 
 def plan_rounds(args: Args, num_examples: int) -> tuple[list[list[int]], int]:
     """-> the indices of each round's examples, and updates per round. Binary is one round."""
-    per_round, rounds, completions = num_examples, 1, 2 * num_examples
+    rounds, size, n = 1, num_examples, 2
     if args.method == "quark":
-        per_round, rounds = min(args.prompts_per_round, num_examples), args.rounds
-        completions = per_round * args.samples_per_prompt
-    asked = batches(num_examples, per_round, 1, rounds, args.seed)
-    steps = len(batches(completions, args.batch_size, args.epochs, args.max_steps, 0))
-    print(f"{num_examples} examples; rounds: {rounds}, each adds {completions} completions and has "
-          f"{steps} updates", flush=True)
-    return asked, steps
+        rounds, n = args.rounds, args.samples_per_prompt
+        size = min(args.prompts_per_round, num_examples)
+    plan = batches(n * size, args.batch_size, args.epochs, args.max_steps, args.seed)
+    print(f"{num_examples} examples; {rounds} x ({n * size} more completions, {len(plan)} updates)",
+          flush=True)
+    return batches(num_examples, size, 1, rounds, args.seed), len(plan)
 
 
 # --- main ---
@@ -326,84 +299,96 @@ def plan_rounds(args: Args, num_examples: int) -> tuple[list[list[int]], int]:
 
 def fill_defaults(args: Args) -> None:
     """Those that depend on --method, and the embedded data's rewards."""
-    defaults = {
-        "quark": {"beta": 0.2, "epochs": 1.0, "learning_rate": 3e-3},
-        "binary": {"beta": 0.0, "epochs": 1.5, "learning_rate": 4e-3},
-    }
-    for name, value in defaults[args.method].items():
+    quark = args.method == "quark"
+    defaults = {"beta": 0.2, "epochs": 1.0, "learning_rate": 3e-3}
+    if not quark:
+        defaults = {"beta": 0.0, "epochs": 1.5, "learning_rate": 4e-3}
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.dataset is None:
-        name = "review_prompts" if args.method == "quark" else "comparisons"
+        name = "review_prompts" if quark else "comparisons"
         args.dataset = str(ASSETS / "data" / f"{name}.jsonl")
-        args.eval_dataset = args.eval_dataset or args.dataset.replace(".jsonl", "_heldout.jsonl")
+        held_out = args.dataset.replace(".jsonl", "_heldout.jsonl")
+        args.eval_dataset = args.eval_dataset or held_out
         if not args.reward_fn:
-            args.reward_fn, args.reward_model = GOLD, args.reward_model or str(ASSETS / "tiny-rm")
+            args.reward_fn = GOLD
+            args.reward_model = args.reward_model or str(ASSETS / "tiny-rm")
     if "{label}" not in args.prefix:
         raise UserError(f"--prefix {args.prefix!r}: put {{label}} where the label stands")
-    if args.method == "quark" and not (args.reward_model or args.reward_fn):
+    if quark and not (args.reward_model or args.reward_fn):
         raise UserError("no reward: give --reward-model or --reward-fn FILE.py:function")
+
+
+def evaluate(policy, tokenizer, held_out: HeldOut, run: Run, step: int, *, proxy):
+    """Of the policy as this tokenizer asks it."""
+    examples = [example for example, _ in held_out.prompts]
+    prompts = [prompt_ids(tokenizer, example) for example in examples]
+    metrics, samples = evaluate_policy(policy, held_out, run.args, step, prompts)
+    if proxy:
+        rewards = proxy(examples, [sample["completion"] for sample in samples])
+        metrics["proxy_reward"] = rewards.mean().item()
+    run.log(step, "eval", **metrics)
+    run.write("samples", *samples)
+    return metrics, samples
 
 
 def main(args: Args) -> None:
     fill_defaults(args)
     run, quark = Run(args), args.method == "quark"
     torch.manual_seed(args.seed)
-    models = load_models(args)
-    policy, reference, tokenizer = models.policy, models.reference, models.tokenizer
-    best = models.labelled[len(models.labelled)]
+    tokenizers = label_tokenizers(args)
+    plain, best = tokenizers[0], tokenizers[max(tokenizers)]
+    policy = load_policy(args)
+    reference = load_reference(policy, args)
     gold = load_reward(args, args.reward_fn)
-    proxy = load_reward(args, None, args.reward_model, chat_template=tokenizer.chat_template)
-    examples, completions, eval_prompts = load_data(args, models)
-    eval_examples = [example for example, _ in eval_prompts]
-    held_out = HeldOut(eval_prompts, gold or proxy)
+    proxy = load_reward(args, None, args.reward_model, plain.chat_template)
+    examples, completions, eval_examples = load_data(args, policy, tokenizers)
+    eval_prompts = [(example, prompt_ids(plain, example)) for example in eval_examples]
+    held_out = HeldOut(eval_prompts, gold or proxy, reference, plain)
     asked, steps = plan_rounds(args, len(examples))
     total = len(asked) * steps
+
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     done, memory = run.start(policy, optimizer)
-
-    def evaluate(policy, asking, step):
-        ids = [prompt_ids(asking, example) for example in eval_examples]
-        metrics, samples = evaluate_policy(policy, reference, tokenizer, held_out, args, step, ids)
-        if proxy:
-            texts = [sample["completion"] for sample in samples]
-            metrics["proxy_reward"] = proxy(eval_examples, texts).mean().item()
-        run.log(step, "eval", **metrics)
-        run.write("samples", *samples)
-        return metrics, samples
-
     if done == 0:
-        memory["before"], memory["reference_samples"] = evaluate(policy, tokenizer, 0)
+        memory["before"], memory["samples"] = evaluate(policy, plain, held_out, run, 0, proxy=proxy)
         memory["pool"] = []
-    held_out.reference_samples, pool = memory["reference_samples"], memory["pool"]
+    held_out.reference_samples, pool = memory["samples"], memory["pool"]
     bar = progress_bar("reward_conditioning", done, total)
     for step in bar:
         number, turn = divmod(step, steps)
         if quark and turn == 0:
-            asking = best if number else tokenizer  # at first a label means nothing
+            asking = best if number else plain  # at first a label means nothing
             metrics = explore(policy, asking, examples, asked[number], pool,
                               reward=proxy or gold, args=args)
             run.log(step, "train", **metrics)
         if quark and (turn == 0 or step == done):
-            completions = labelled_pool(pool, examples, models.labelled)
+            completions = labelled_pool(pool, examples, tokenizers)
+        began = time.perf_counter()
         order = batches(len(completions), args.batch_size, 1, steps, args.seed + number)[turn]
         batch = [completions[i] for i in order]
-        set_learning_rate(optimizer, step, total, args.learning_rate)
-        metrics = update(models, optimizer, batch, args, partial(run.check_finite, step))
-        run.log(step + 1, "train", **metrics)
+        metrics = add_gradients(policy, reference, plain, batch, args)
+        metrics["grad_norm"] = clip_gradients(policy, args.max_grad_norm)
+        run.check_finite(step, metrics, [example for example, _ in batch])
+        metrics["learning_rate"] = set_learning_rate(optimizer, step, total, args.learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        tokens = sum(len(row.ids) for _, row in batch)
+        run.log(step + 1, "train", **metrics, tokens_per_s=tokens / (time.perf_counter() - began))
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         is_due = (step + 1) % (steps if quark else args.eval_every) == 0
         if is_due and step + 1 < total:
-            evaluate(policy, best, step + 1)
+            evaluate(policy, best, held_out, run, step + 1, proxy=proxy)
         if (step + 1) % args.save_every == 0 or step + 1 == total:
             run.save_checkpoint(step + 1, policy, optimizer, memory)
 
-    save_model(policy, best, run.dir, args.save_dtype, args.model)
-    saved = shard(load_model(str(run.dir), args.device, args.dtype), args)
-    evaluation, samples = evaluate(saved, load_tokenizer(str(run.dir)), total)
+    saved, best = save_and_reload(policy, best, run.dir, args), load_tokenizer(str(run.dir))
+    evaluation, samples = evaluate(saved, best, held_out, run, total, proxy=proxy)
     if proxy:
         evaluation["proxy_reward_ref"] = memory["before"]["proxy_reward"]
-    report(run, evaluation, samples, held_out.reference_samples)
+    report(run, evaluation, samples, held_out)
 
 
 if __name__ == "__main__":

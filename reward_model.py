@@ -49,14 +49,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForSequenceClassification
 
 from common import (
-    UserError, all_reduce, clip_gradients, encode_row, head_scores, load_model, load_tokenizer,
-    mean_over_batch, micro_batches, prepare_for_training, reshard, save_model, set_learning_rate,
-    shard, states_at_end
+    UserError, all_reduce, clip_gradients, encode, encode_row, head_scores, load_model,
+    load_tokenizer, mean_over_batch, micro_batches, prepare_for_training, reshard,
+    save_and_reload, set_learning_rate, states_at_end
 )
 from harness import (
     ASSETS, GOLD, Count, Limits, NonNegative, Positive, Run, Skip, TrainArgs, batches, column,
-    comparison, conversational, is_embedded, load_examples, load_reward, print_table, progress_bar,
-    run_script, score_all, tools_of
+    comparison, conversational, is_embedded, load_examples, load_reward, print_table,
+    progress_bar, run_script, score_all, tools_of
 )
 
 
@@ -111,7 +111,8 @@ def load_judgements(args: Args, model, tokenizer):
         if len(set(map(str, completions))) == 1:
             raise Skip("all completions are identical")
         example["prompt"], example["margin"] = prompt, margin_of(example)
-        example["completions"] = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        example["completions"] = texts
         eos, tools = [tokenizer.eos_token_id], tools_of(example)
         return [encode_row(tokenizer, prompt, c, eos, tools) for c in completions]
 
@@ -187,7 +188,7 @@ def centre(model, rows, micro_batch_size) -> None:
 
 
 def pairwise_loss(chosen_rewards, rejected_rewards, margin=None):
-    """-log sigma(r_w - r_l - m), the mean over comparisons: all [B] -> scalar, nats per comparison."""
+    """-log sigma(r_w - r_l - m): all [B] -> scalar, nats per comparison."""
     differences = chosen_rewards - rejected_rewards
     return -F.logsigmoid(differences if margin is None else differences - margin).mean()
 
@@ -212,7 +213,8 @@ def ranking_loss(rewards, sizes):
 def plackett_luce_loss(rewards, sizes):
     """Equation (plackett-luce), of the same -> scalar, nats per ranking, the mean over prompts."""
     prompt = torch.arange(len(sizes)).repeat_interleave(torch.as_tensor(sizes))
-    left = (prompt[:, None] == prompt).triu().to(rewards.device)  # [i, j]: j has no place when i gets one
+    left = (prompt[:, None] == prompt).triu()  # [i, j]: j has no place yet when i gets one
+    left = left.to(rewards.device)
     log_sums = rewards.expand(len(rewards), -1).masked_fill(~left, -torch.inf).logsumexp(1)
     return (log_sums - rewards).sum() / len(sizes)
 
@@ -308,6 +310,29 @@ def evaluation_metrics(rewards: torch.Tensor, gold: torch.Tensor | None, sizes: 
     return metrics
 
 
+def gold_rewards(args: Args, held_out) -> torch.Tensor | None:
+    """The true rewards of all held-out completions, where there is a function for them."""
+    if not args.reward_fn:
+        return None
+    examples = [example for example, _ in held_out for _ in example["completions"]]
+    completions = [text for example, _ in held_out for text in example["completions"]]
+    return load_reward(args, args.reward_fn)(examples, completions)
+
+
+def evaluate(model, held_out, gold, run: Run, step: int) -> tuple[dict, torch.Tensor]:
+    """-> metrics, and the differences of rewards of all held-out pairs."""
+    rows, sizes = [row for _, rows in held_out for row in rows], [len(rows) for _, rows in held_out]
+    rewards = score_all(model, rows, run.args.micro_batch_size)
+    metrics = evaluation_metrics(rewards, gold, sizes)
+    run.log(step, "eval", **metrics)
+    for (example, _), scores in list(zip(held_out, rewards.split(sizes)))[:50]:
+        for completion, score in zip(example["completions"], scores.tolist()):
+            run.write("samples", {"step": step, "prompt": example["prompt"],
+                                  "completion": completion, "reward": score})
+    i, j = pairs_of(sizes)
+    return metrics, rewards[i] - rewards[j]
+
+
 # --- main ---
 
 
@@ -341,57 +366,31 @@ def main(args: Args) -> None:
         began = time.perf_counter()
         batch = [train[i] for i in plan[step]]
         metrics = batch_loss(model, batch, args)
-        grad_norm = clip_gradients(model, args.max_grad_norm)
-        run.check_finite(step, metrics["loss"], grad_norm, [e.where for e, _ in batch])
-        set_learning_rate(optimizer, step, len(plan), args.learning_rate)
+        metrics["grad_norm"] = clip_gradients(model, args.max_grad_norm)
+        run.check_finite(step, metrics, [example for example, _ in batch])
+        metrics["learning_rate"] = set_learning_rate(optimizer, step, len(plan), args.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
 
         tokens = sum(len(row.ids) for _, rows in batch for row in rows)
-        run.log(step + 1, "train", **metrics, grad_norm=grad_norm,
-                learning_rate=optimizer.param_groups[0]["lr"],
-                tokens_per_s=tokens / (time.perf_counter() - began))
+        run.log(step + 1, "train", **metrics, tokens_per_s=tokens / (time.perf_counter() - began))
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             evaluate(model, held_out, gold, run, step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             run.save_checkpoint(step + 1, model, optimizer, {})
 
-    reference = [row for _, rows in train[:1000] for row in rows]
-    centre(model, reference, args.micro_batch_size)
-    save_model(model, tokenizer, run.dir, args.save_dtype, args.model)
-    saved = shard(load_model(str(run.dir), args.device, args.dtype, kind), args)
+    zero = [row for _, rows in train[:1000] for row in rows]
+    centre(model, zero, args.micro_batch_size)
+    saved = save_and_reload(model, tokenizer, run.dir, args, kind)
     evaluation, differences = evaluate(saved, held_out, gold, run, len(plan))
-    scores = score_all(saved, reference, args.micro_batch_size)
-    evaluation["reference_mean"] = scores.mean().item()
+    evaluation["reference_mean"] = score_all(saved, zero, args.micro_batch_size).mean().item()
     run.write_results(**evaluation)
     print("\nheld-out pairs, by how sure the model was:")
     print_table(calibration(differences)[1])
     print(f"\n{len(differences)} held-out pairs; bayes: what the true probabilities would score:")
-    print_table([["", *evaluation], ["trained", *evaluation.values()]])
+    print_table([["measure", "trained"], *evaluation.items()])
     print(f"saved to {run.dir}")
-
-
-def gold_rewards(args: Args, held_out) -> torch.Tensor | None:
-    """The true rewards of all held-out completions, where there is a function for them."""
-    if not args.reward_fn:
-        return None
-    examples = [example for example, _ in held_out for _ in example["completions"]]
-    completions = [text for example, _ in held_out for text in example["completions"]]
-    return load_reward(args, args.reward_fn)(examples, completions)
-
-
-def evaluate(model, held_out, gold, run, step: int) -> tuple[dict, torch.Tensor]:
-    rewards = score_all(model, [row for _, rows in held_out for row in rows], run.args.micro_batch_size)
-    sizes = [len(rows) for _, rows in held_out]
-    metrics = evaluation_metrics(rewards, gold, sizes)
-    run.log(step, "eval", **metrics)
-    for example, scores in list(zip((e for e, _ in held_out), rewards.split(sizes)))[:50]:
-        for completion, score in zip(example["completions"], scores.tolist()):
-            run.write("samples", {"step": step, "prompt": example["prompt"],
-                                  "completion": completion, "reward": score})
-    i, j = pairs_of(sizes)
-    return metrics, rewards[i] - rewards[j]
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from common import (
-    Row, UserError, all_reduce, clip_gradients, encode_conversation, encode_prompt, encode_row, generate,
-    load_model, load_tokenizer, micro_batches, pad_rows, prepare_for_training, save_model,
-    set_learning_rate, shard, stop_ids, token_budget, token_logprobs,
-    window
+    Row, UserError, all_reduce, clip_gradients, encode, encode_conversation, encode_prompt,
+    encode_row, generate, load_policy, load_tokenizer, micro_batches, pad_rows, save_and_reload,
+    set_learning_rate, stop_ids, token_budget, token_logprobs, window
 )
 from harness import (
     ASSETS, Count, Limits, Positive, Run, Skip, TrainArgs, batches, column, conversational,
@@ -131,9 +130,9 @@ def batch_loss(model, rows: list[Row], args: Args, train: bool) -> float:
 
 
 @torch.no_grad()
-def evaluate_demonstrations(model, tokenizer, held_out, args: Args, step: int):
+def evaluate(model, tokenizer, held_out, run: Run, step: int):
     """-> held-out loss (nats per token) and perplexity, and completions of 16 held-out prompts."""
-    rows = [row for _, row in held_out]
+    args, rows = run.args, [row for _, row in held_out]
     loss = batch_loss(model, rows, args, train=False)
     prompts = [ids[:mask.index(1)] for ids, mask in rows[:64]]
     room = window(model) - args.max_new_tokens
@@ -146,7 +145,11 @@ def evaluate_demonstrations(model, tokenizer, held_out, args: Args, step: int):
         prompt = tokenizer.decode(ids, skip_special_tokens=True)
         samples.append({"step": step, "prompt": prompt, "completion": completion, "ended": ended})
     ended = rollout.ended.float().mean().item()
-    return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700)), "ended": ended}, samples
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    metrics = {"eval_loss": loss, "perplexity": perplexity, "ended": ended}
+    run.log(step, "eval", **metrics)
+    run.write("samples", *samples)
+    return metrics, samples
 
 
 # --- main ---
@@ -157,8 +160,7 @@ def main(args: Args) -> None:
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
-    model = load_model(args.model, args.device, args.dtype)
-    model = prepare_for_training(model, args)
+    model = load_policy(args)
     rows, held_out = load_demonstrations(args, model, tokenizer)
     plan = batches(len(rows), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(rows)} demonstrations, {len(held_out)} held out; {len(plan)} updates", flush=True)
@@ -167,39 +169,29 @@ def main(args: Args) -> None:
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     done, _ = run.start(model, optimizer)
-
-    def evaluate(model, step):
-        metrics, samples = evaluate_demonstrations(model, tokenizer, held_out, args, step)
-        run.log(step, "eval", **metrics)
-        run.write("samples", *samples)
-        return metrics, samples
-
     if done == 0:
-        evaluate(model, 0)
+        evaluate(model, tokenizer, held_out, run, 0)
     bar = progress_bar("sft", done, len(plan))
     for step in bar:
         began = time.perf_counter()
         batch = [rows[i][1] for i in plan[step]]
-        loss = batch_loss(model, batch, args, train=True)
-        grad_norm = clip_gradients(model, args.max_grad_norm)
-        run.check_finite(step, loss, grad_norm, [rows[i][0].where for i in plan[step]])
-        set_learning_rate(optimizer, step, len(plan), args.learning_rate)
+        metrics = {"loss": batch_loss(model, batch, args, train=True)}
+        metrics["grad_norm"] = clip_gradients(model, args.max_grad_norm)
+        run.check_finite(step, metrics, [rows[i][0] for i in plan[step]])
+        metrics["learning_rate"] = set_learning_rate(optimizer, step, len(plan), args.learning_rate)
         optimizer.step()
         optimizer.zero_grad()
 
         tokens = sum(len(ids) for ids, _ in batch)
-        run.log(step + 1, "train", loss=loss, grad_norm=grad_norm,
-                learning_rate=optimizer.param_groups[0]["lr"],
-                tokens_per_s=tokens / (time.perf_counter() - began))
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        run.log(step + 1, "train", **metrics, tokens_per_s=tokens / (time.perf_counter() - began))
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
-            evaluate(model, step + 1)
+            evaluate(model, tokenizer, held_out, run, step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             run.save_checkpoint(step + 1, model, optimizer, {})
 
-    save_model(model, tokenizer, run.dir, args.save_dtype, args.model)
-    saved = shard(load_model(str(run.dir), args.device, args.dtype), args)
-    metrics, samples = evaluate(saved, len(plan))
+    saved = save_and_reload(model, tokenizer, run.dir, args)
+    metrics, samples = evaluate(saved, tokenizer, held_out, run, len(plan))
     run.write_results(**metrics)
     for sample in samples[:5]:
         print(f"\n{sample['prompt'][-200:]}\n    -> {sample['completion'].strip()[:300]}")

@@ -186,7 +186,7 @@ def main(args: Args) -> None:
             points.append(judged({"method": method, "seed": seed, **point}, curve))
     RESULTS.mkdir(exist_ok=True)
     rows = summary(points)
-    seconds = sum(result["seconds"] for result in results.values())  # of all runs, whenever they were made
+    seconds = sum(result["seconds"] for result in results.values())
     saved = {"points": points, "summary": rows, "run_seconds": seconds}
     (RESULTS / "frontier.json").write_text(json.dumps(saved, indent=1) + "\n")
     draw(points, curve, RESULTS / "frontier.png")

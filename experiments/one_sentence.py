@@ -1,9 +1,11 @@
-"""A rule that a small chat model does not keep by itself: answer in one sentence of at most twelve words.
+"""A rule that a small chat model does not keep by itself: one sentence of at most twelve words.
 
-    python experiments/one_sentence.py       # writes data/questions.jsonl and data/questions_heldout.jsonl
-    python grpo.py --dataset experiments/data/questions.jsonl --reward-fn experiments/one_sentence.py:one_sentence ...
+    python experiments/one_sentence.py                # writes experiments/data/questions*.jsonl
+    python grpo.py --dataset experiments/data/questions.jsonl \\
+        --reward-fn experiments/one_sentence.py:one_sentence ...
 
-The questions ask for brevity and never mention the rule: the reward teaches it. The held-out questions are about other topics.
+The questions ask for brevity and never mention the rule: the reward teaches it. The held-out
+questions are about other topics.
 """
 
 import json
@@ -18,15 +20,17 @@ QUESTIONS = [
     "Tell me about {}. Be brief.",
     "What should everyone know about {}? Be brief.",
 ]
-TOPICS = """photosynthesis; gravity; the water cycle; a volcano; the moon; a solar eclipse; an earthquake; magnetism;
-electricity; sound; a rainbow; evolution; a cell; the human heart; sleep; a vaccine; exercise; the brain; bread; coffee;
-chocolate; cheese; rice; olive oil; salt; a bicycle; a steam engine; a compass; a clock; the printing press; a camera;
-a bridge; the internet; a computer; an algorithm; encryption; money; a bank; taxes; insurance; inflation; democracy;
-a constitution; the Roman Empire; the Silk Road; the Renaissance; a novel; poetry; jazz; the piano; painting; theatre;
-chess; football; swimming; a marathon; a forest; a desert; an island; a glacier""".replace("\n", " ").split("; ")
-HELD_OUT_TOPICS = """a comet; the tides; lightning; friction; a fossil; the lungs; tea; honey; a sailing ship;
-a telescope; a robot; a library; a parliament; ancient Egypt; opera; the violin; tennis; a river; a coral reef;
-recycling""".replace("\n", " ").split("; ")
+TOPICS = """photosynthesis; gravity; the water cycle; a volcano; the moon; a solar eclipse; an
+earthquake; magnetism; electricity; sound; a rainbow; evolution; a cell; the human heart; sleep; a
+vaccine; exercise; the brain; bread; coffee; chocolate; cheese; rice; olive oil; salt; a bicycle;
+a steam engine; a compass; a clock; the printing press; a camera; a bridge; the internet; a
+computer; an algorithm; encryption; money; a bank; taxes; insurance; inflation; democracy; a
+constitution; the Roman Empire; the Silk Road; the Renaissance; a novel; poetry; jazz; the piano;
+painting; theatre; chess; football; swimming; a marathon; a forest; a desert; an island;
+a glacier"""
+HELD_OUT_TOPICS = """a comet; the tides; lightning; friction; a fossil; the lungs; tea; honey; a
+sailing ship; a telescope; a robot; a library; a parliament; ancient Egypt; opera; the violin;
+tennis; a river; a coral reef; recycling"""
 
 
 def one_sentence(prompts, completions, **columns) -> list[float]:
@@ -40,9 +44,9 @@ def keeps_the_rule(text: str) -> bool:
     return one and len(text.split()) <= MOST_WORDS
 
 
-def write(name: str, topics: list[str]) -> None:
+def write(name: str, topics: str) -> None:
     lines = []
-    for topic in topics:
+    for topic in topics.replace("\n", " ").split("; "):
         for question in QUESTIONS:
             message = {"role": "user", "content": question.format(topic)}
             lines.append(json.dumps({"prompt": [message]}) + "\n")

@@ -1,11 +1,11 @@
 """Over-optimisation: PPO with a KL coefficient that is too small learns the reward model's errors.
 
     pip install -r experiments/requirements.txt
-    python experiments/overoptimization.py                  # runs ppo_rlhf.py, then draws; a few minutes
-    python experiments/overoptimization.py --draw-only      # from the metrics of the run before
+    python experiments/overoptimization.py                 # runs ppo_rlhf.py, then draws: minutes
+    python experiments/overoptimization.py --draw-only     # from the metrics of the run before
 
-What the reward model promises (proxy) keeps rising; the truth (gold) rises, then falls: Gao et al. (2022), figure 1.
-Faint lines: the completions of each step; lines with dots: held-out prompts.
+What the reward model promises (proxy) keeps rising; the truth (gold) rises, then falls: Gao et al.
+(2022), figure 1. Faint lines: the completions of each step; lines with dots: held-out prompts.
 Writes experiments/results/overoptimization.json (the curves, and the command) and .png.
 """
 
@@ -26,43 +26,49 @@ class Args:
     beta: float = 0.01
     """KL coefficient: too small"""
     max_steps: int = 120
-    """of PPO"""
+    """steps of PPO"""
     learning_rate: float = 1e-3
-    """of the policy, peak"""
+    """peak learning rate of the policy"""
     batch_size: int = 64
-    """completions a step"""
+    """completions per step"""
     eval_every: int = 10
     """steps between held-out evaluations"""
     seed: int = 2
     """of data order and sampling; seeds differ, see the README"""
     output_dir: Path = ROOT / "runs" / "overoptimization"
-    """of the run"""
+    """directory for the run"""
     draw_only: bool = False
     """draw the run that --output-dir holds"""
 
 
 def main(args: Args) -> None:
-    names = ("beta", "max_steps", "learning_rate", "batch_size", "eval_every", "seed")
-    flags = [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(args, name)))]
+    flags = []
+    for name in ("beta", "max_steps", "learning_rate", "batch_size", "eval_every", "seed"):
+        flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     if not args.draw_only:
-        command = [sys.executable, str(ROOT / "ppo_rlhf.py"), *flags, "--output-dir", str(args.output_dir)]
-        subprocess.run(command, check=True)
-    rows = [json.loads(line) for line in (args.output_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "value_loss" in row]  # the others are held-out evaluations
-    held_out = [row for row in rows if "win_rate" in row]
-    curves = {name: {key: [row[key] for row in chosen] for key in ("step", "proxy_reward", "reward", "kl")}
-              for name, chosen in (("training", steps), ("held_out", held_out))}
-    means = [{name: sum(row[name] for row in steps[i:i + 5]) / 5 for name in ("step", "proxy_reward", "reward", "kl")}
-             for i in range(len(steps) - 4)]  # over five steps
+        command = [sys.executable, str(ROOT / "ppo_rlhf.py"), *flags]
+        subprocess.run([*command, "--output-dir", str(args.output_dir)], check=True)
+    lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    training = [row for row in rows if row["phase"] == "train"]
+    held_out = [row for row in rows if row["phase"] == "eval"]
+    curves = {"training": curves_of(training), "held_out": curves_of(held_out)}
+    parts = [curves_of(training[i:i + 5]) for i in range(len(training) - 4)]
+    means = [{name: sum(curve) / 5 for name, curve in part.items()} for part in parts]
     best = max(range(len(means)), key=lambda i: means[i]["reward"])
     worst = min(range(best, len(means)), key=lambda i: means[i]["reward"])
-    for when, row in (("gold at its best", means[best]), ("lowest after that", means[worst]), ("end", means[-1])):
-        print(f"{when}: step {row['step']:g}, proxy {row['proxy_reward']:.2f}, gold {row['reward']:.2f}, "
-              f"KL {row['kl']:.1f} nats")
+    for when, i in (("gold at its best", best), ("lowest after that", worst), ("end", -1)):
+        row = means[i]
+        print(f"{when}: step {row['step']:g}, proxy {row['proxy_reward']:.2f}, "
+              f"gold {row['reward']:.2f}, KL {row['kl']:.1f} nats")
     RESULTS.mkdir(exist_ok=True)
     results = {"command": " ".join(["python ppo_rlhf.py", *flags]), **curves}
     (RESULTS / "overoptimization.json").write_text(json.dumps(results) + "\n")
     draw(curves)
+
+
+def curves_of(rows: list[dict]) -> dict[str, list[float]]:
+    return {name: [row[name] for row in rows] for name in ("step", "proxy_reward", "reward", "kl")}
 
 
 def draw(curves) -> None:
@@ -72,7 +78,8 @@ def draw(curves) -> None:
     figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=[2, 1],
                                             layout="constrained")
     training, held_out = curves["training"], curves["held_out"]
-    for key, label, colour in (("proxy_reward", "proxy: the reward model", "C1"), ("reward", "gold: the truth", "C0")):
+    for key, label, colour in (("proxy_reward", "proxy: the reward model", "C1"),
+                               ("reward", "gold: the truth", "C0")):
         top.plot(training["step"], training[key], colour, alpha=0.35)
         top.plot(held_out["step"], held_out[key], colour, marker="o", label=label)
     bottom.plot(training["step"], training["kl"], "C2")

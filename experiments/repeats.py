@@ -1,11 +1,14 @@
 """Why the trained policies stay below the curve: they say twice what counts once.
 
-A word of judgement counts once in the gold reward. pi* = pi_ref exp(r / beta) / Z therefore repeats itself no more than
-tiny-sft does, and a policy that has learnt to praise, but not to remember what it has said, pays KL for words that earn
-nothing. Counted here: the share of a review's words of judgement that stood in it before, at pi* (samples of tiny-sft,
-re-weighted, where they are enough) and in the held-out samples of experiments/frontier.py's runs.
+A word of judgement counts once in the gold reward. pi* = pi_ref exp(r / beta) / Z therefore repeats
+itself no more than tiny-sft does, and a policy that has learnt to praise, but not to remember what
+it has said, pays KL for words that earn nothing. Counted here: the share of a review's words of
+judgement that stood in it before, at pi* (samples of tiny-sft, re-weighted, where they are enough)
+and in the held-out samples of experiments/frontier.py's runs.
 
-    python experiments/frontier.py && python experiments/repeats.py           # writes experiments/results/repeats.json
+    python experiments/frontier.py && python experiments/repeats.py
+
+Writes experiments/results/repeats.json.
 """
 
 import json
@@ -15,15 +18,18 @@ import sys
 import torch
 
 from frontier import RUNS
-from runs import ASSETS, DATA, RESULTS, ROOT, mean
+from runs import ASSETS, DATA, RESULTS, ROOT, directory_of, mean
 
 sys.path[:0] = [str(ROOT), str(ASSETS)]
 
-from common import generate, load_model, load_rows, load_tokenizer, print_table  # noqa: E402
+from common import generate, load_model, load_tokenizer  # noqa: E402
+from harness import load_rows, print_table  # noqa: E402
 from make import optimum  # noqa: E402
 from rewards import VALENCE, sentiment  # noqa: E402
 
 PROMPTS, SAMPLES = 100, 128
+RUNS_OF_FRONTIER = ROOT / "runs" / "frontier"
+
 
 
 def counts(text: str) -> tuple[int, int]:
@@ -34,15 +40,19 @@ def counts(text: str) -> tuple[int, int]:
 
 def at_the_optimum() -> list[dict]:
     torch.manual_seed(0)
-    tokenizer, model = load_tokenizer(str(ASSETS / "tiny-sft")), load_model(str(ASSETS / "tiny-sft"))
-    prompts = [row["prompt"] for row in load_rows(str(DATA / "review_prompts_heldout.jsonl"))[:PROMPTS]]
+    model = load_model(str(ASSETS / "tiny-sft"))
+    tokenizer = load_tokenizer(str(ASSETS / "tiny-sft"))
+    held_out = load_rows(str(DATA / "review_prompts_heldout.jsonl"), f"train[:{PROMPTS}]")
+    prompts = [row["prompt"] for row in held_out]
     texts = generate(model, tokenizer, prompts, SAMPLES).completions
     rewards = torch.tensor(sentiment(None, texts), dtype=torch.float64).view(PROMPTS, SAMPLES)
-    said = torch.tensor([counts(text) for text in texts], dtype=torch.float64).view(PROMPTS, SAMPLES, 2)
+    said = torch.tensor([counts(text) for text in texts], dtype=torch.float64)
+    said = said.view(PROMPTS, SAMPLES, 2)
     rows = []
     for name, beta in (("tiny-sft", 1e9), ("optimum, beta 1", 1.0), ("optimum, beta 0.7", 0.7)):
         kl, reward, _ = optimum(torch.zeros_like(rewards), rewards, beta)
-        words, repeats = ((rewards / beta).softmax(1)[..., None] * said).sum(1).mean(0).tolist()
+        weights = (rewards / beta).softmax(1)
+        words, repeats = (weights[..., None] * said).sum(1).mean(0).tolist()
         rows.append({"policy": name, "kl": kl.mean().item(), "reward": reward.mean().item(),
                      "repeats": repeats / words})
     return rows
@@ -53,13 +63,17 @@ def of_runs() -> list[dict]:
     for method in ("PPO", "GRPO", "DPO"):
         for setting in RUNS[method]:
             found = []
-            for directory in sorted((ROOT / "runs" / "frontier").glob(f"{method}_{setting.replace(' ', '_')}_*")):
-                samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
-                said = [counts(s["completion"]) for s in samples if s["step"] == samples[-1]["step"]]
+            pattern = directory_of("", method, setting, "*").name
+            for directory in sorted(RUNS_OF_FRONTIER.glob(pattern)):
+                lines = (directory / "samples.jsonl").read_text().splitlines()
+                samples = [json.loads(line) for line in lines]
+                last = [s["completion"] for s in samples if s["step"] == samples[-1]["step"]]
+                said = torch.tensor([counts(text) for text in last]).sum(0).tolist()
                 results = json.loads((directory / "results.json").read_text())
-                found.append((results["kl"], results["reward"], sum(r for _, r in said) / sum(w for w, _ in said)))
-            kl, reward, repeats = map(mean, zip(*found))
-            rows.append({"policy": f"{method}, {setting}", "kl": kl, "reward": reward, "repeats": repeats})
+                found.append({"kl": results["kl"], "reward": results["reward"],
+                              "repeats": said[1] / said[0]})
+            means = {name: mean([row[name] for row in found]) for name in found[0]}
+            rows.append({"policy": f"{method}, {setting}", **means})
     return rows
 
 
@@ -67,5 +81,7 @@ if __name__ == "__main__":
     policies = at_the_optimum() + of_runs()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "repeats.json").write_text(json.dumps({"policies": policies}, indent=1) + "\n")
-    print_table([["policy", "KL, nats", "gold reward", "words of judgement said before"]] +
-                [[p["policy"], f"{p['kl']:.2f}", f"{p['reward']:.2f}", f"{p['repeats']:.1%}"] for p in policies])
+    table = [["policy", "KL, nats", "gold reward", "words of judgement said before"]]
+    for p in policies:
+        table.append([p["policy"], f"{p['kl']:.2f}", f"{p['reward']:.2f}", f"{p['repeats']:.1%}"])
+    print_table(table)

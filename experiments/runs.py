@@ -13,9 +13,6 @@ ASSETS, DATA = ROOT / "assets", ROOT / "assets" / "data"
 GOLD = f"{ASSETS / 'rewards.py'}:sentiment"
 # one thread per run: the models are tiny
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-
 # GRPO's flags under which its fixed point is pi*, with beta G / (G - 1): see grpo.py
 TO_PI_STAR = ["--no-scale", "--kl-correction", "--ratio", "sequence", "--samples-per-prompt", 8,
               "--max-new-tokens", 64, "--eval-samples", 1, "--batch-size", 32, "--epochs", 2,

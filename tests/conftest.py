@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared to the last bit, which a GPU's are not
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs are compared to the last bit: no GPU keeps that
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 

@@ -12,10 +12,11 @@ import transformers
 
 from best_of_n import (
     Args, best_of_n_kl, best_of_n_metrics, best_of_n_weights, best_of_n_win_rate, kl_of_ties,
-    load_prompts, score, tie_probability
+    score, tie_probability
 )
 from common import Row, generate, load_model, load_tokenizer, sequence_logprobs
 from conftest import ROOT
+from harness import load_different_prompts
 from test_runs import kill_at, metrics_of, run
 from tiny import Ids
 
@@ -125,7 +126,7 @@ def test_sampled_kl_reward_and_win_rate(case, language):
     probabilities = logps.exp() / logps.exp().sum()
     wins = ((gold[:, None] > gold).double() + 0.5 * (gold[:, None] == gold)) @ probabilities
     for n in (1, 2, 4, 16, 64):
-        found = best_of_n_metrics(n, scores, gold[reference])
+        found = best_of_n_metrics(n, scores, gold[reference][:, None])
         pi_n, _, _ = law(probabilities, rewards, n)
         for name, values in {"proxy_reward": rewards, "reward": gold, "win_rate": wins}.items():
             expected = pi_n @ values
@@ -151,8 +152,9 @@ def test_formulas():
 
 def test_standard_errors_of_one_prompt_are_not_known():
     scores = {name: torch.rand(1, 4) for name in ("proxy_reward", "reward", "ended", "tie")}
-    metrics = best_of_n_metrics(2, scores, torch.zeros(1))
-    assert all(metrics[f"{name}_se"] is None for name in ("proxy_reward", "reward", "kl", "win_rate"))
+    metrics = best_of_n_metrics(2, scores, torch.zeros(1, 1))
+    for name in ("proxy_reward", "reward", "kl", "win_rate"):
+        assert metrics[f"{name}_se"] is None
     assert math.isfinite(metrics["kl"])
 
 
@@ -253,10 +255,11 @@ def test_prompts_that_are_left_out_are_counted(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     args = Args(dataset=str(path), split="train")
-    found = load_prompts(args, load_model(str(SFT)), load_tokenizer(str(SFT)))
+    found = load_different_prompts(args, load_model(str(SFT)), load_tokenizer(str(SFT)))
     assert [example["prompt"] for example, _ in found] == ["a", "b"]
     said = capsys.readouterr().out
-    assert f"2 rows skipped: an earlier row has the same prompt (first: --dataset {path}, row 3)" in said
+    first = f"(first: --dataset {path}, row 3)"
+    assert f"2 rows skipped: an earlier row has the same prompt {first}" in said
     assert "1 rows skipped: the prompt leaves no room" in said and "row 4)" in said
 
 

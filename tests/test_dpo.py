@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from common import load_model, load_tokenizer, pad_rows, token_logprobs
 from conftest import ROOT
-from dpo import Args, dpo_loss, load_pairs, pair_logprobs, preferences, reference_logprobs
+from dpo import (
+    Args, Pair, add_reference_logprobs, dpo_loss, load_pairs, pair_logprobs, preferences
+)
 
 GOLDEN = ROOT / "tests" / "golden"
 EXPECTED = json.loads((GOLDEN / "dpo.json").read_text())
@@ -36,20 +38,22 @@ def test_golden_losses_and_rewards(name, kwargs):
 
 @pytest.fixture
 def golden(tmp_path):
-    """The texts as dpo.py reads them -> policy, reference, pairs"""
+    """The texts as dpo.py reads them -> policy, and pairs with the reference's log-probabilities"""
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in EXPECTED["text"]))
     policy, reference = (load_model(str(GOLDEN / name)) for name in ("policy", "ref"))
     args = Args(dataset=str(path), eval_dataset=str(path))
-    pairs, held_out = load_pairs(args, policy, load_tokenizer(str(GOLDEN / "policy")))
-    assert pairs == held_out
-    return policy, reference, pairs
+    pairs, held_out, _ = load_pairs(args, policy, load_tokenizer(str(GOLDEN / "policy")))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [
+        (pair.chosen, pair.rejected) for pair in held_out]
+    add_reference_logprobs(reference, pairs, args)
+    return policy, pairs
 
 
 def test_golden_text_to_logprobs(golden):
-    policy, reference, pairs = golden
-    chosen_first = [rows[0] for _, rows in pairs] + [rows[1] for _, rows in pairs]  # as in TRL
-    input_ids, mask = pad_rows(chosen_first)
+    policy, pairs = golden
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]  # TRL's order
+    input_ids, mask = pad_rows(rows)
     assert torch.equal(mask, torch.tensor(EXPECTED["inputs"]["completion_mask"]))
     is_token = input_ids != 0
     expected = torch.tensor(EXPECTED["inputs"]["input_ids"])
@@ -58,11 +62,11 @@ def test_golden_text_to_logprobs(golden):
     expected = torch.tensor(EXPECTED["per_token_logps"]["policy"])
     torch.testing.assert_close(per_token, expected, rtol=1e-5, atol=1e-5)
 
-    logps = pair_logprobs(policy, [rows for _, rows in pairs], 1.0)
-    ref_logps = reference_logprobs(reference, pairs, list(range(len(pairs))), Args())
-    ours = [*logps, ref_logps["chosen"], ref_logps["rejected"]]
-    for ours, name in zip(ours, NAMES):
-        torch.testing.assert_close(ours, LOGPS[name], rtol=1e-5, atol=1e-5)
+    chosen, rejected = pair_logprobs(policy, pairs, 1.0)
+    ref_chosen = torch.tensor([pair.ref_chosen_logp for pair in pairs])
+    ref_rejected = torch.tensor([pair.ref_rejected_logp for pair in pairs])
+    for logps, name in zip((chosen, rejected, ref_chosen, ref_rejected), NAMES):
+        torch.testing.assert_close(logps, LOGPS[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, beta, loss_type", [
@@ -74,25 +78,24 @@ def test_golden_text_to_logprobs(golden):
 def test_golden_text_to_loss_to_gradient(golden, name, beta, loss_type):
     """The whole path. TRL 1.16's ipo is on mean log-probabilities: ours gives its numbers when it
     is fed those."""
-    policy, reference, pairs = golden
+    policy, pairs = golden
     expected = EXPECTED["expected"][name]
-    args = Args(beta=beta, loss_type=loss_type, micro_batch_size=4)
-    ref_logps = reference_logprobs(reference, pairs, list(range(len(pairs))), args)
+    losses = torch.tensor(expected["loss_per_pair"])
     if loss_type == "sigmoid":
-        metrics = preferences(policy, pairs, ref_logps, args, train=True)
-        losses = torch.tensor(expected["loss_per_pair"])
+        args = Args(beta=beta, micro_batch_size=4)
+        metrics = preferences(policy, pairs, args, train=True)
         assert metrics["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
     else:
-        lengths = torch.tensor([[sum(row.mask) for row in rows] for _, rows in pairs])
-        chosen, rejected = pair_logprobs(policy, [rows for _, rows in pairs], 1.0)
-        losses, _, _ = dpo_loss(
-            chosen / lengths[:, 0], rejected / lengths[:, 1],
-            ref_logps["chosen"] / lengths[:, 0], ref_logps["rejected"] / lengths[:, 1],
+        lengths = torch.tensor([sum(pair.chosen.mask) for pair in pairs])
+        rejected_lengths = torch.tensor([sum(pair.rejected.mask) for pair in pairs])
+        chosen, rejected = pair_logprobs(policy, pairs, 1.0)
+        ours, _, _ = dpo_loss(
+            chosen / lengths, rejected / rejected_lengths,
+            LOGPS["ref_chosen"] / lengths, LOGPS["ref_rejected"] / rejected_lengths,
             beta, loss_type="ipo",
         )
-        losses.mean().backward()
-        theirs = torch.tensor(expected["loss_per_pair"])
-        torch.testing.assert_close(losses, theirs, rtol=1e-5, atol=1e-5)
+        ours.mean().backward()
+        torch.testing.assert_close(ours, losses, rtol=1e-5, atol=1e-5)
     norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()
     assert norm == pytest.approx(expected["grad_norm"], rel=1e-4)
     if beta == 0.1:
@@ -104,13 +107,11 @@ def test_golden_text_to_loss_to_gradient(golden, name, beta, loss_type):
 
 def test_one_pair_at_a_time_gives_the_same(golden):
     """1 x 8 = 8 x 1, also in what is logged."""
-    policy, reference, pairs = golden
-    ref_logps = reference_logprobs(reference, pairs, list(range(len(pairs))), Args())
+    policy, pairs = golden
     results = []
     for size in (None, 1):
         policy.zero_grad()
-        args = Args(micro_batch_size=size)
-        metrics = preferences(policy, pairs, ref_logps, args, train=True)
+        metrics = preferences(policy, pairs, Args(micro_batch_size=size), train=True)
         results.append((metrics, [p.grad.clone() for p in policy.parameters()]))
     (metrics, gradients), (metrics_apart, gradients_apart) = results
     assert metrics == pytest.approx(metrics_apart, rel=1e-5, abs=1e-6)
@@ -118,12 +119,10 @@ def test_one_pair_at_a_time_gives_the_same(golden):
         torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)
 
 
-def test_only_the_pairs_that_are_trained_on_cost_the_reference_a_pass(golden):
-    _, reference, pairs = golden
-    logps = reference_logprobs(reference, pairs, [0, 3], Args())
-    for values, name in ((logps["chosen"], "ref_chosen"), (logps["rejected"], "ref_rejected")):
-        torch.testing.assert_close(values[[0, 3]], LOGPS[name][[0, 3]], rtol=1e-5, atol=1e-5)
-        assert values.isnan().sum() == len(pairs) - 2  # read by mistake, they would be seen
+def test_a_pair_whose_reference_was_forgotten_is_seen(golden):
+    policy, pairs = golden
+    pairs[2].ref_rejected_logp = Pair(*[None] * 3).ref_rejected_logp
+    assert math.isnan(preferences(policy, pairs, Args(), train=False)["loss"])
 
 
 def test_an_unknown_loss_type_is_refused():
@@ -218,8 +217,8 @@ def test_population_dpo_reaches_the_optimum(beta):
 
 
 def test_label_smoothing_expects_flipped_labels():
-    """Conservative DPO's optimum is Bradley-Terry's margin only where labels really are flipped with
-    that probability: one pair's loss is least at sigma(beta h) = p (1 - eps) + (1 - p) eps."""
+    """Conservative DPO's optimum is Bradley-Terry's margin only where labels really are flipped
+    with that probability: one pair's loss is least at sigma(beta h) = p (1 - eps) + (1 - p) eps."""
     probability = torch.tensor([0.6, 0.9], dtype=torch.float64)
     zero = torch.zeros(2, dtype=torch.float64)
 

@@ -13,8 +13,9 @@ from common import (
     encode_continuation, encode_prompt, load_model, load_tokenizer, make_row, sequence_logprobs
 )
 from conftest import ROOT
+from harness import load_different_prompts
 from evaluate import (
-    Args, Policy, distinct_n, fit_elo, load_policy, load_prompts, outcomes_by_judge, sample_policy
+    Args, Policy, distinct_n, fit_elo, outcomes_by_judge, read_policy, sample_policy
 )
 from harness import Example, HeldOut, UserError, evaluate_policy, wins
 from test_runs import kill_at, metrics_of, run
@@ -56,7 +57,7 @@ def test_a_prefix_is_before_prompts_and_before_nothing_else(languages):
 def test_the_kl_of_a_policy_with_a_prefix_is_to_the_reference_without(languages):
     directory, exact = languages
     args = Args(reference=str(directory / "reference"), max_new_tokens=2)
-    reference = load_policy(args.reference, args)
+    reference = read_policy(args.reference, args)
     prompts = [(Example(prompt="a b"), ROWS["reference"])] * 4000
     source = str(directory / "policy")
     samples, log_ratios = sample_policy(source, reference, prompts, args, 1)
@@ -70,18 +71,18 @@ def test_evaluate_policy_measures_the_same_kl(languages):
     """The training scripts' way: policy and reference are given ids of their own."""
     directory, exact = languages
     args = Args(max_new_tokens=2)
-    reference = load_policy(str(directory / "reference"), args)
-    model = load_model(str(directory / "policy"))
-    held_out = HeldOut([(Example(prompt="a b"), ROWS["reference"])] * 4000, None)
-    found, samples = evaluate_policy(model, reference.model, reference.tokenizer, held_out, args, 1,
-                                     policy_prompts=[ROWS["policy"]] * 4000)
+    reference = read_policy(str(directory / "reference"), args)
+    prompts = [(Example(prompt="a b"), ROWS["reference"])] * 4000
+    held_out = HeldOut(prompts, None, reference.model, reference.tokenizer)
+    policy = load_model(str(directory / "policy"))
+    found, samples = evaluate_policy(policy, held_out, args, 1, [ROWS["policy"]] * 4000)
     assert abs(found["kl"] - exact) < 4 * found["kl_se"] and samples[0]["prompt"] == "a b"
 
 
 def test_no_kl_to_a_reference_with_other_tokens(languages):
     directory, _ = languages
     args = Args(reference=str(directory / "reference"), max_new_tokens=2)
-    reference = load_policy(args.reference, args)
+    reference = read_policy(args.reference, args)
     reference = Policy(reference.model, byte_level())
     prompts = [(Example(prompt="a b"), ROWS["reference"])] * 3
     samples, log_ratios = sample_policy(str(directory / "policy"), reference, prompts, args, 1)
@@ -317,7 +318,7 @@ def test_prompts_that_are_left_out_are_counted(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     args = Args(dataset=str(path), split="train")
-    found = load_prompts(args, load_model(str(SFT)), load_tokenizer(str(SFT)))
+    found = load_different_prompts(args, load_model(str(SFT)), load_tokenizer(str(SFT)))
     assert [example["prompt"] for example, _ in found] == ["a", "b"]
     said = capsys.readouterr().out
     assert "1 rows skipped: an earlier row has the same prompt" in said and "row 3)" in said

@@ -87,7 +87,7 @@ def test_a_round_lands_on_the_law_of_best_of_n(tmp_path):
 REWARD = f"{ROOT / 'assets' / 'rewards.py'}:sentiment"
 QUICK = ["--rounds", "2", "--samples-per-prompt", "3", "--prompts-per-round", "16",
          "--batch-size", "4", "--max-steps", "3", "--save-every", "2", "--eval-prompts", "20",
-         "--max-new-tokens", "12"]
+         "--max-new-tokens", "12", "--split", "train[:100]"]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_run_directory(finished):
     rounds = [row for row in rows if "kept_reward" in row]
     assert len(rounds) == 2
     assert all(row["kept_reward"] > row["round_reward"] and row["kept"] > 0.8 for row in rounds)
-    assert [row["round"] for row in rows if "round" in row] == [0, 1, 2]
+    assert [row["round"] for row in rounds] == [1, 2]
     results = json.loads((directory / "results.json").read_text())
     assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se",
                             "win_rate", "win_rate_se", "ended", "seconds", "proxy_reward",

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_every_pass_gives_the_log_probs_and_values_of_the_row_alone(world):
     Generation pads on the left, so its own log-probabilities are held to the same numbers."""
     model, reference, critic, rollout = world
     assert len({len(ids) for ids, _ in rollout.rows}) > 5
-    before = score_experience(model, reference, critic, rollout, update_plan(rollout.rows, ARGS, 4096), ARGS)
+    before = score_experience({"policy": model, "critic": critic}, reference, rollout, update_plan(rollout.rows, ARGS, 4096), ARGS)
     old_logps, ref_logps, old_values = before.old_logps, before.ref_logps, before.old_values
     mask = rollout.completion_mask.bool()
     for ours, theirs in ((rollout.logps, model), (old_logps, model), (ref_logps, reference)):
@@ -232,7 +233,7 @@ def first_mini_batch(world):
     """-> what is logged of the first mini-batch of a step."""
     model, reference, critic, rollout = world
     plan = update_plan(rollout.rows, ARGS, 4096)
-    experience = score_experience(model, reference, critic, rollout, plan, ARGS)
+    experience = score_experience({"policy": model, "critic": critic}, reference, rollout, plan, ARGS)
     experience.advantages = experience.returns = torch.randn_like(rollout.logps)
     stats = add_gradients(model, critic, experience, plan[0], ARGS)
     model.zero_grad(), critic.zero_grad()
@@ -273,7 +274,7 @@ def test_it_is_not_where_a_pass_forgets_something(trap, world, monkeypatch):
 @pytest.mark.parametrize("size", [1, 3, None])
 def test_micro_batches_do_not_change_the_gradient(size, world):
     model, reference, critic, rollout = world
-    experience = score_experience(model, reference, critic, rollout, update_plan(rollout.rows, ARGS, 4096), ARGS)
+    experience = score_experience({"policy": model, "critic": critic}, reference, rollout, update_plan(rollout.rows, ARGS, 4096), ARGS)
     torch.manual_seed(2)
     noise = 0.3 * torch.randn_like(experience.old_logps)
     experience.old_logps += noise * rollout.completion_mask  # some ratios are clipped
@@ -385,18 +386,19 @@ def trained(seed, beta, steps=60, learning_rate=0.1, **kwargs):
     """-> (reference, rewards, policy after PPO)."""
     reference, rewards = small_world(seed)
     policy, critic = copy.deepcopy(reference), Table(1, policy=False)
-    args = ppo_rlhf.Args(beta=beta, ppo_epochs=2, mini_batches=2, **kwargs)
+    args = ppo_rlhf.Args(beta=beta, ppo_epochs=2, mini_batches=2, critic_warmup=0, **kwargs)
+    networks, run = {"policy": policy, "critic": critic}, SimpleNamespace(args=args, check_finite=lambda *_: None)
     optimizer = torch.optim.AdamW([*policy.table.parameters(), *critic.table.parameters()], weight_decay=0.0)
     for step in range(steps):
         rollout, chosen = sampled(policy, 256)
         scores, plan = rewards.flatten()[chosen], update_plan(rollout.rows, args, 4096)
-        e = score_experience(policy, reference, critic, rollout, plan, args)
+        e = score_experience(networks, reference, rollout, plan, args)
         token_rewards = kl_rewards(scores, e.old_logps, e.ref_logps, e.mask, beta)
         e.advantages, e.returns = gae(token_rewards, e.old_values, e.mask, args.gamma, args.lam)
         if args.scale:
             e.advantages = whiten(e.advantages, e.mask)
         set_learning_rate(optimizer, step, steps, learning_rate)
-        stats = update(policy, critic, optimizer, e, plan, args, lambda *numbers: None)
+        stats = update(networks, optimizer, e, plan, run, step)
         assert stats[0]["ratio"] == pytest.approx(1, abs=1e-6) and stats[0]["clip_fraction"] == 0
     return reference, rewards, policy
 

@@ -280,6 +280,7 @@ MISTAKES = {
     "messages without an answer": (
         "sft", OWN_DATA, {"d.jsonl": [{"messages": TALK[:1]}]}, "no assistant turn"),
     "prompts longer than the window": ("dpo", OWN_DATA, {"d.jsonl": [LONG]}, "row 1"),
+    "no room for completions": ("dpo", ["--max-new-tokens", "250"], {}, "--max-new-tokens 250"),
     "no reward file": ("dpo", ["--reward-fn", "none.py:reward"], {}, "none.py"),
     "no reward function": (
         "dpo", ["--reward-fn", "r.py:rewards"], {"r.py": REWARD + "return []"}, "rewards"),
@@ -388,8 +389,8 @@ def test_what_cannot_teach_is_skipped_and_counted(tmp_path):
     rows = [ROW, {**ROW, "rejected": ROW["chosen"]}, {**ROW, "rejected": ""}, LONG]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ["--dataset", tmp_path / "d.jsonl", "--eval-dataset", tmp_path / "d.jsonl"]
-    flags = ["--max-steps", 1, "--batch-size", 2, "--max-new-tokens", 2, "--output-dir", tmp_path / "r"]
-    status, output, errors = run("dpo", *data, *flags)
+    flags = ["--max-steps", 1, "--batch-size", 2, "--max-new-tokens", 2]
+    status, output, errors = run("dpo", *data, *flags, "--output-dir", tmp_path / "run")
     assert status == 0, errors
     assert output.startswith("1 rows skipped: chosen and rejected are identical (first: --dataset")
     assert "d.jsonl, row 2)" in output and "d.jsonl, row 4)" in output

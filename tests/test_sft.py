@@ -126,7 +126,8 @@ def test_prompt_and_completion(chat, tmp_path):
 
 def test_a_text_is_learnt_from_its_second_token(chat, tmp_path):
     model, tokenizer = chat
-    rows = demonstrations(tmp_path, [{"text": "heab"}, {"text": "heab<|im_end|>"}], model, tokenizer)
+    forms = [{"text": "heab"}, {"text": "heab<|im_end|>"}]
+    rows = demonstrations(tmp_path, forms, model, tokenizer)
     assert rows[0] == rows[1] and learnt(tokenizer, rows[0]) == "ab<|im_end|>"
 
 
@@ -153,7 +154,8 @@ def test_what_cannot_teach_is_skipped_and_counted(chat, tmp_path, capsys):
     rows = demonstrations(tmp_path, forms, model, tokenizer)
     assert [learnt(tokenizer, row) for row in rows] == ["ab<|im_end|>"]
     output = capsys.readouterr().out
-    assert f"1 rows skipped: no assistant turn (first: --dataset {tmp_path}/d.jsonl, row 1)" in output
+    path = tmp_path / "d.jsonl"
+    assert f"1 rows skipped: no assistant turn (first: --dataset {path}, row 1)" in output
     assert "2 rows skipped: the prompt leaves no room within --max-length (128 tokens)" in output
     assert "row 3" in output
     with pytest.raises(UserError, match="no row is left to learn from"):

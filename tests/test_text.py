@@ -277,7 +277,7 @@ def test_a_template_that_closes_a_finished_conversation():
     tokenizer = chat_tokenizer(PHI)
     ((_, said),) = rows_of(tokenizer, CONVERSATION)
     assert said == ["ab<|im_end|>", "y<|im_end|>"]
-    tokenizer = chat_tokenizer(PHI, eos_token="<|endoftext|>")  # and the end of a turn no stop token
+    tokenizer = chat_tokenizer(PHI, eos_token="<|endoftext|>")  # turns end without a stop token
     first, second = rows_of(tokenizer, CONVERSATION)
     assert first[1] == ["ab<|im_end|>\n<|endoftext|>"]
     assert second[0].count("<|endoftext|>") == 0 and second[1] == ["y<|im_end|>\n<|endoftext|>"]
@@ -576,8 +576,8 @@ def test_every_file_type_and_directories(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.jsonl").write_text(lines)
     (tmp_path / "folder" / "test.jsonl").write_text(json.dumps(rows[0]))
-    names = ["a.jsonl", "lines.json", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "disk", "folder"]
-    for name in names:
+    for name in ("a.jsonl", "lines.json", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "disk",
+                 "folder"):
         found = load_rows(str(tmp_path / name))
         assert found == rows, name
         assert found[2].where.startswith(f"--dataset {tmp_path / name}"), name
@@ -618,7 +618,8 @@ def test_rows_too_long_are_skipped_or_truncated_and_counted(capsys):
 
     limits = Limits(max_length=7, vocabulary=10)
     kept = encode_examples([example(n=3), example(n=9), example(n=5)], encode, limits)
-    assert [(row["n"], len(ids), sum(mask)) for row, [(ids, mask)] in kept] == [(3, 6, 3), (5, 7, 2)]
+    lengths = [(row["n"], len(ids), sum(mask)) for row, [(ids, mask)] in kept]
+    assert lengths == [(3, 6, 3), (5, 7, 2)]
     output = capsys.readouterr().out
     assert "1 rows skipped" in output and "--max-length" in output and "row 7" in output
     assert "1 rows are truncated at 7 tokens" in output
