@@ -99,8 +99,10 @@ def golden():
     with torch.no_grad():
         old_logps = token_logprobs(old, input_ids, mask)
     ref_logps = reference_logprobs(reference, rollout, grpo.Args(micro_batch_size=5))
-    everything = list(range(12))
-    return policy, Experience(rows, mask, ADVANTAGES, ref_logps, everything, 12, old_logps)
+    return policy, Experience(
+        examples=[], rows=rows, mask=mask, advantages=ADVANTAGES, ref_logps=ref_logps,
+        old_logps=old_logps, indices=list(range(12)), total=12,
+    )
 
 
 def of_completions(values, mask):
@@ -214,8 +216,10 @@ def experience_of(rollout, advantages, args, keep=None):
     ref_logps = rollout.logps - 0.3 * mask
     if keep is not None:
         mask = mask & keep[:, None]
-    indices = rows_to_learn_from(advantages, mask, args.beta)
-    return Experience(rollout.rows, mask, advantages, ref_logps, indices, loss_total(mask, args))
+    return Experience(
+        examples=[], rows=rollout.rows, mask=mask, advantages=advantages, ref_logps=ref_logps,
+        indices=rows_to_learn_from(advantages, mask, args.beta), total=loss_total(mask, args),
+    )
 
 
 def gradient(model, experience, args):
@@ -285,7 +289,7 @@ def test_the_ratio_of_the_first_update_is_exactly_1(sampled):
     assert torch.equal(logps, again)
     assert all(torch.equal(a, p.grad) for a, p in zip(first, model.parameters()))
     model.zero_grad()
-    metrics = ratio_metrics(again, experience, experience.indices, args)
+    metrics = ratio_metrics(again, experience, args)
     assert metrics == {"ratio": 1.0, "clipped_low": 0.0, "clipped_high": 0.0}
 
 
@@ -293,9 +297,10 @@ def test_what_clipping_leaves_without_a_gradient_is_logged():
     mask = torch.ones(2, 4, dtype=torch.long)
     ratios = torch.tensor([[0.5, 0.9, 1.25, 1.5], [0.5, 0.9, 1.25, 1.5]])
     nothing, advantages = torch.zeros(2, 4), torch.tensor([1.0, -1.0])
-    experience = Experience([], mask, advantages, nothing, [0, 1], 2, nothing)
+    experience = Experience(examples=[], rows=[], mask=mask, advantages=advantages,
+                            ref_logps=nothing, old_logps=nothing, indices=[0, 1], total=2)
     args = grpo.Args(clip=0.2, clip_high=0.3)
-    metrics = ratio_metrics(ratios.log(), experience, [0, 1], args)
+    metrics = ratio_metrics(ratios.log(), experience, args)
     assert metrics == pytest.approx({"ratio": 1.0375, "clipped_low": 1 / 8, "clipped_high": 1 / 8})
 
 

@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import harness
 from conftest import ROOT
@@ -51,6 +53,7 @@ def fork(script, *flags, errors=os.devnull, largest_file=None) -> int:
         return child
     status = 1
     try:
+        tqdm.set_lock(threading.RLock())  # its own: who is killed holding ours would stop us
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         status, _, text = run(script, *flags)
@@ -63,16 +66,16 @@ def fork(script, *flags, errors=os.devnull, largest_file=None) -> int:
 def kill_at(lines, script, *flags, directory):
     """Start a run, or resume it, and kill it once metrics.jsonl has so many lines."""
     resume = ["--resume"] if (directory / "checkpoint" / "state.pt").exists() else []
-    metrics, written = directory / "metrics.jsonl", 0
+    metrics, written, began = directory / "metrics.jsonl", 0, time.monotonic()
     child = fork(script, *flags, "--output-dir", directory, *resume, errors=directory / "errors")
-    while written < lines:
+    while written < lines and time.monotonic() < began + 120:
         time.sleep(0.002)
         ended, status = os.waitpid(child, os.WNOHANG)
         assert not ended, (directory / "errors").read_text()
         written = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert written >= lines and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def small_data(directory):
