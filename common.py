@@ -449,10 +449,18 @@ def encode_row(tokenizer, prompt, completion, stops: list[int], tools=None) -> R
             ids = [*ids, tokenizer.eos_token_id]
         return make_row(encode_prompt(tokenizer, prompt, tools), ids)
     if prompt[-1]["role"] == "assistant":  # begun in the prompt, continued by the completion
+        if len(completion) > 1:
+            raise UserError("the prompt's last message is the assistant's: its completion must be "
+                            "one message, which continues it")
         before = render(tokenizer, prompt, tools, continued=True)
         words = prompt[-1]["content"] + completion[0]["content"]
-        text = render(tokenizer, [*prompt[:-1], {**completion[0], "content": words}], tools)
-        return row_of_turn(tokenizer, before, text[len(before):], stops)
+        whole = [*prompt[:-1], {**completion[0], "content": words}]
+        text = render(tokenizer, whole, tools)
+        if text.startswith(before):
+            said = text[len(before):]
+        else:  # the template drops the reasoning that the prompt began
+            said = completion[0]["content"] + marks_around(tokenizer, whole, tools)[1]
+        return row_of_turn(tokenizer, before, said, stops)
     rows = encode_conversation(tokenizer, [*prompt, *completion], stops, tools, len(prompt))
     if len(rows) != 1:
         raise UserError(f"the completion has {len(rows)} turns of the assistant that the chat "
@@ -492,18 +500,24 @@ def split_turn(tokenizer, messages, tools=None) -> tuple[str, str]:
     """A conversation that ends with the assistant -> the text that generation starts from, and
     what generation then writes."""
     text, content = render(tokenizer, messages, tools), messages[-1]["content"]
-    if len(messages) == 1:  # what precedes its words is the template's header
-        at = max(0, text.find(content.strip()))
-        return text[:at], text[at:]
-    before = render(tokenizer, messages[:-1], tools, begun=True)
+    if len(messages) == 1:  # nothing to start from but what the template puts before the words
+        before = os.path.commonprefix([text, marks_around(tokenizer, messages, tools)[0]])
+    else:
+        before = render(tokenizer, messages[:-1], tools, begun=True)
     if text.startswith(before):
         return before, text[len(before):]
     # The template begins a turn otherwise than it writes a finished one: DeepSeek-R1 opens a think
     # tag, and later drops the reasoning. Generation writes the content, then the turn's end.
-    answer = content.rpartition("</think>")[2].strip()
-    end = text[text.rfind(answer) + len(answer):]
+    end = marks_around(tokenizer, messages, tools)[1]
     overlap = [n for n in range(2, len(content) + 1) if before.endswith(content[:n])]
     return before, content[max(overlap, default=0):] + end
+
+
+def marks_around(tokenizer, messages, tools=None) -> tuple[str, str]:
+    """What the template writes before and after the words of the last message."""
+    text = render(tokenizer, [*messages[:-1], {**messages[-1], "content": "\0"}], tools)
+    before, _, end = text.rpartition("\0")
+    return before, end
 
 
 def render(tokenizer, messages, tools=None, begun=False, continued=False) -> str:
@@ -529,11 +543,16 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def leading_spaces(text: str) -> str:
+    return text[:len(text) - len(text.lstrip(" "))]
+
+
 def encode_continuation(tokenizer, text: str) -> list[int]:
     """A text that continues another: no BOS, and not the space that SentencePiece and
     add_prefix_space put before every text. It is cut off behind an anchor, where they do."""
     context = encode(tokenizer, "a")
-    expected = tokenizer.decode(context) + text
+    plain = tokenizer.decode(encode(tokenizer, text))  # some tokenizers rewrite characters
+    expected = tokenizer.decode(context) + leading_spaces(text) + plain.lstrip(" ")
     for anchor in ("", "\n", "a\n", "a:", "a"):
         start = encode(tokenizer, anchor)
         ids = encode(tokenizer, anchor + text)

@@ -17,13 +17,15 @@ cancels. What is left is the maximum-likelihood loss of a policy, equation (7):
     python dpo.py                     # tiny-sft, 4,000 noisy comparisons: reward 0.0 -> 3.0
     python dpo.py --beta 1.0          # closer to the reference
     python dpo.py --loss-type ipo
+    python dpo.py --loss-type robust --label-smoothing 0.1
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \\
         --learning-rate 1e-6
 
 Deviations from the paper's code: the learning rate decays linearly after the warm-up (theirs
 stays), and AdamW instead of RMSprop. The reference's log-probabilities are computed once, before
 training. IPO takes log-probabilities of whole completions, as its paper does; TRL's divides them
-by their length.
+by their length: `--length-normalized`. Where each loss converges, dpo_loss() says, and
+`experiments/fixed_points.py` shows by enumeration.
 
 Data: `prompt` + `chosen` + `rejected`, or `chosen` + `rejected` that begin with their prompt;
 texts or lists of messages.
@@ -39,12 +41,12 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    Row, adapters_off, clip_gradients, encode, encode_row, load_policy, load_reference,
+    Row, UserError, adapters_off, clip_gradients, encode, encode_row, load_policy, load_reference,
     load_tokenizer, mean_over_batch, micro_batches, pad_rows, save_and_reload,
     sequence_logprobs, set_learning_rate, stop_ids, token_budget, token_logprobs
 )
 from harness import (
-    ASSETS, GOLD, Count, Example, HeldOut, Limits, Positive, Run, TrainArgs, batches,
+    ASSETS, GOLD, Count, Example, HeldOut, Limits, NonNegative, Positive, Run, TrainArgs, batches,
     comparison, different_prompts, evaluate_policy, is_embedded, load_examples, load_reward,
     progress_bar, report, run_script, tools_of, wins
 )
@@ -68,10 +70,14 @@ class Args(TrainArgs):
     """sequence-classification model with one label that judges instead"""
     beta: Positive = 0.1
     """KL coefficient: the larger, the closer to the reference"""
-    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
-    """sigmoid: equation (7); ipo: squared distance of the log-ratio margin to 1 / (2 beta)"""
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"
+    """sigmoid: equation (7); the others: see dpo_loss"""
     label_smoothing: Annotated[float, (lambda x: 0 <= x < 0.5, "a share from 0 to below 0.5")] = 0.0
-    """share of comparisons that are labelled the wrong way round (conservative DPO)"""
+    """share of comparisons with flipped labels: robust corrects it, sigmoid hedges (cDPO)"""
+    length_normalized: bool = False
+    """divide log-probabilities by the completion's tokens; SimPO always does"""
+    target_margin: NonNegative = 0.0
+    """SimPO's gamma, which the margin of the rewards has to exceed"""
     learning_rate: Positive = 3e-4
     """peak, after 10% warm-up, before linear decay to 0; for real models 5e-7 to 5e-6"""
     batch_size: Count = 32
@@ -116,7 +122,7 @@ def load_pairs(args: Args, model, tokenizer) -> tuple[list[Pair], list[Pair], li
                 for completion in (chosen, rejected)]
 
     train, held_out = load_examples(args, encode, Limits.of(args, model))
-    prompts = different_prompts(held_out, args)
+    prompts = different_prompts(held_out, args, model)
     train = [Pair(example, *rows) for example, rows in train]
     return train, [Pair(example, *rows) for example, rows in held_out[:args.eval_prompts]], prompts
 
@@ -135,35 +141,54 @@ def add_reference_logprobs(reference, pairs: list[Pair], args: Args) -> None:
 
 
 def dpo_loss(
-    policy_chosen_logps,
-    policy_rejected_logps,
-    ref_chosen_logps,
-    ref_rejected_logps,
-    beta,
-    label_smoothing=0.0,
-    loss_type="sigmoid",
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+    label_smoothing=0.0, loss_type="sigmoid", *, lengths=None, target_margin=0.0,
 ):
     """Equation (7), for a batch of comparisons.
 
     All log-probabilities are those of whole completions, log pi(y | x) in nats, [B]. Returns
     (losses, chosen_rewards, rejected_rewards), each [B]; the rewards are the implicit ones of
-    equation (5), without beta log Z(x) and without gradient.
+    equation (5), without beta log Z(x) and without gradient. lengths: tokens of the chosen and of
+    the rejected completions, ([B], [B]), that log-probabilities are divided by.
 
-    sigmoid  -(1 - eps) log sigma(beta h) - eps log sigma(-beta h), h = log-ratio of the chosen
-             completion - log-ratio of the rejected one. eps = label_smoothing: 0 in the DPO
-             paper; else conservative DPO (Mitchell 2023), where a share of labels is wrong
-    ipo      (h - 1 / (2 beta))^2: Azar et al. (2023), equation (17)
+    h is the log-ratio of the chosen completion - that of the rejected one, eps label_smoothing, and
+    behind the arrow stands the fixed point, where pairs are drawn from pi_ref:
+
+    sigmoid  -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)  -> pi* for eps = 0, the DPO
+             paper. Conservative DPO (Mitchell 2023) corrects no flipped labels: it lands where
+             eps = 0 does if a share eps is flipped, nearer to pi_ref, and twice so if they are
+    robust   (-(1 - eps) log sigma(beta h) + eps log sigma(-beta h)) / (1 - 2 eps)  -> pi*, if a
+             share eps is flipped: Chowdhury et al. (2024)
+    ipo      (h - 1 / (2 beta))^2: Azar et al. (2023), equation (17)  -> pi* of another reward, the
+             probability that y beats a completion of pi_ref
+    hinge    max(0, 1 - beta h): SLiC (Zhao et al. 2023), on log-ratios  -> pi_ref exp(u / beta) / Z,
+             u whole numbers that rise with the reward like a staircase
+    simpo    -log sigma(beta h - target_margin) per token, without reference: Meng et al. (2024),
+             equation (6)  -> exp(tokens (r + c) / beta), for target_margin 0
+    lengths  with sigmoid  -> pi_ref exp(tokens (r + c) / beta)
     """
+    if loss_type == "simpo":
+        ref_chosen_logps, ref_rejected_logps = 0.0, 0.0
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    if lengths is not None:
+        chosen_logratios = chosen_logratios / lengths[0]
+        rejected_logratios = rejected_logratios / lengths[1]
     margin = chosen_logratios - rejected_logratios  # log Z(x) would stand in both, and cancels
+    right, wrong = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
     if loss_type == "sigmoid":
-        right, wrong = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
         losses = (1 - label_smoothing) * right + label_smoothing * wrong
+    elif loss_type == "robust":
+        losses = (1 - label_smoothing) * right - label_smoothing * wrong
+        losses = losses / (1 - 2 * label_smoothing)
     elif loss_type == "ipo":
         losses = (margin - 1 / (2 * beta)) ** 2
+    elif loss_type == "hinge":
+        losses = F.relu(1 - beta * margin)
+    elif loss_type == "simpo":
+        losses = -F.logsigmoid(beta * margin - target_margin)
     else:
-        raise ValueError(f"loss_type {loss_type!r}: sigmoid or ipo")
+        raise ValueError(f"loss_type {loss_type!r}: sigmoid, robust, ipo, hinge or simpo")
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
 
 
@@ -184,9 +209,12 @@ def preferences(policy, pairs: list[Pair], args: Args, train: bool) -> dict[str,
         chosen, rejected = pair_logprobs(policy, part, args.temperature)
         ref_chosen = torch.tensor([pair.ref_chosen_logp for pair in part], device=chosen.device)
         ref_rejected = torch.tensor([pair.ref_rejected_logp for pair in part], device=chosen.device)
+        lengths = [[sum(pair.chosen.mask), sum(pair.rejected.mask)] for pair in part]
+        lengths = torch.tensor(lengths, device=chosen.device).T  # [2, b]
         losses, chosen_rewards, rejected_rewards = dpo_loss(
             chosen, rejected, ref_chosen, ref_rejected,
             args.beta, args.label_smoothing, args.loss_type,
+            lengths=lengths if args.length_normalized else None, target_margin=args.target_margin,
         )
         if train:
             (losses.sum() / len(pairs)).backward()
@@ -213,7 +241,19 @@ def evaluate(policy, held_out: HeldOut, pairs: list[Pair], run: Run, step: int):
 # --- main ---
 
 
+def check_args(args: Args) -> None:
+    if args.loss_type == "robust" and not args.label_smoothing:
+        raise UserError("--loss-type robust: give the share of flipped labels, --label-smoothing")
+    if args.loss_type == "simpo":
+        args.length_normalized = True
+    if args.label_smoothing and args.loss_type not in ("sigmoid", "robust"):
+        raise UserError(f"--label-smoothing: --loss-type {args.loss_type} has none")
+    if args.target_margin and args.loss_type != "simpo":
+        raise UserError(f"--target-margin: --loss-type {args.loss_type} has none, only simpo")
+
+
 def main(args: Args) -> None:
+    check_args(args)
     if is_embedded(args) and not args.reward_model:
         args.reward_fn = args.reward_fn or GOLD
     run = Run(args)

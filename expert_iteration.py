@@ -52,7 +52,7 @@ class Args(TrainArgs):
     model: str = str(ASSETS / "tiny-sft")
     """Hub id or directory of the model to start from, which is also the reference"""
     dataset: str = str(ASSETS / "data" / "review_prompts.jsonl")
-    """prompts: Hub id, id:config, or a local .jsonl, .json, .csv or .parquet file or directory"""
+    """prompts: Hub id, id:config, or a .jsonl, .json, .csv or .parquet file or directory"""
     split: str = "train"
     """split of --dataset, or a part of it such as train[:1000]"""
     prompt_column: str = "prompt"
@@ -108,8 +108,8 @@ def sft_loss(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def sample_and_choose(policy, tokenizer, prompts, reward, args: Args):
-    """Equation (1) for prompts [(example, ids)] -> the completions that are kept, as the indices of
-    their prompts and rows; and what is logged of the round."""
+    """Equation (1) for prompts [(example, ids)] -> the completions that are kept, with the
+    indices of their prompts, and what is logged of the round."""
     began, n = time.perf_counter(), args.samples_per_prompt
     examples = [example for example, _ in prompts for _ in range(n)]
     prompt_ids = [ids for _, ids in prompts]
@@ -175,9 +175,13 @@ def load_rewards(args: Args, chat_template):
 def print_rounds(rounds: list[dict]) -> None:
     table = [["round", "proxy reward", "reward", "KL, nats", "win rate"]]
     for number, metrics in enumerate(rounds):
-        table.append([number, with_se(metrics, "proxy_reward", ".2f"),
-                      with_se(metrics, "reward", ".2f"), with_se(metrics, "kl", ".2f"),
-                      with_se(metrics, "win_rate", ".1%")])
+        table.append([
+            number,
+            with_se(metrics, "proxy_reward", ".2f"),
+            with_se(metrics, "reward", ".2f"),
+            with_se(metrics, "kl", ".2f"),
+            with_se(metrics, "win_rate", ".1%"),
+        ])
     print()
     print_table(table)
 
@@ -198,7 +202,7 @@ def main(args: Args) -> None:
     steps = len(batches(per_round, args.batch_size, args.epochs, args.max_steps, 0))  # per round
     total = args.rounds * steps
     print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {args.rounds} rounds of {steps} "
-          f"updates on the best of {per_round} x {args.samples_per_prompt} completions", flush=True)
+          f"updates on the best of {args.samples_per_prompt}", flush=True)
 
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     done, memory = run.start(policy, optimizer)

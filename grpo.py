@@ -11,7 +11,7 @@ printed for DeepSeek-R1 (Guo et al. 2025):
 with rho_i = pi_theta(o_i|q) / pi_old(o_i|q), the ratio of whole completions: `--ratio sequence`.
 DeepSeekMath (Shao et al. 2024), where the method comes from and whose form everybody runs, has a
 ratio and a D for each *token* and their mean over the tokens of each completion, its equations (3)
-and (4): `--ratio token --loss-type grpo`, the default here.
+and (4): `--ratio token --loss-type grpo`, the default here. The variants:
 
     --loss-type grpo       mean over each completion's tokens, then over completions: DeepSeekMath
                            (3), and (1) here
@@ -21,6 +21,21 @@ and (4): `--ratio token --loss-type grpo`, the default here.
                            `--no-scale` it is Dr. GRPO (Liu et al. 2025), whose gradient is the
                            plain policy gradient
     --ratio sequence       (1) to the letter: a long completion's ratio soon leaves the clip range
+    --ratio gspo           rho_i^(1 / tokens): GSPO (Zheng et al. 2025), equation (7)
+    --ratio cispo          clip(rho) A log pi, rho without gradient: no token drops out. CISPO of
+                           MiniMax-M1 (2025), equations (4) and (5)
+    --baseline leave-one-out   A_i = r_i - mean of the others: RLOO (Ahmadian et al. 2024)
+    --baseline batch       mean and deviation over the batch: REINFORCE++ (Hu 2025)
+    --kl k2                D = log(pi_theta / pi_ref)^2 / 2
+    --kl reward            r_i - beta log(pi_old / pi_ref) in place of r_i, and no D: RLOO's, PPO's
+
+Where they converge (`experiments/fixed_points.py` shows it by enumeration): with `--kl reward`
+every baseline, ratio and loss type lands on pi* = pi_ref exp(r / beta) / Z, where all advantages
+are 0. With D in the loss only `--ratio sequence --no-scale` does, with `--kl k2` or
+`--kl-correction`, and `--baseline group` makes beta there G / (G - 1) times as large. `--scale`
+makes it beta times the rewards' deviation. k3 alone lands on beta pi_ref / (beta + E[r] - r): it
+is no more than beta away from the highest reward. A D of tokens does not see what a token does to
+the KL of those after it.
 
     python grpo.py                                          # sums: right 30% of the time, then 96%
     python grpo.py --beta 0.04 --kl-correction              # stay close to the reference
@@ -76,12 +91,16 @@ class Args(TrainArgs):
     """completions with at least this reward count as right in pass@1, pass@k and greedy accuracy"""
     samples_per_prompt: Count = 8
     """completions per prompt, the group size G"""
+    baseline: Literal["group", "leave-one-out", "batch"] = "group"
+    """mean that a reward is compared with: of its group, of the others there, of the batch"""
     scale: bool = True
-    """divide advantages by the group's standard deviation, equation (3)"""
+    """divide advantages by the standard deviation of the group (or batch), equation (3)"""
     beta: NonNegative = 0.0
     """KL coefficient: the larger, the closer to the reference; 0: none"""
+    kl: Literal["k3", "k2", "reward"] = "k3"
+    """where the KL is: in the loss, by equation (2) or half the squared log-ratio, or the reward"""
     kl_correction: bool = False
-    """multiply the KL estimate by the ratio, which makes its gradient that of the KL"""
+    """multiply k3 by the ratio, which makes its gradient that of the KL"""
     clip: Positive = 0.2
     """the ratio is clipped below 1 - clip, where the advantage is negative"""
     clip_high: Positive | None = None
@@ -90,8 +109,8 @@ class Args(TrainArgs):
     """updates on the same completions: from the second on the ratio differs from 1"""
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     """how tokens are averaged: within each completion, by a constant, over all"""
-    ratio: Literal["token", "sequence"] = "token"
-    """what has a ratio and a KL estimate: each token, or the whole completion, equation (1)"""
+    ratio: Literal["token", "sequence", "gspo", "cispo"] = "token"
+    """of each token, of the whole completion as in (1), its geometric mean, or a mere weight"""
     mask_truncated: bool = False
     """leave truncated completions out of the loss (they stay in their group's mean)"""
     learning_rate: Positive = 7e-4
@@ -116,19 +135,30 @@ class Args(TrainArgs):
 # --- loss ---
 
 
-def group_advantages(rewards, group_size, scale=True):
+def group_advantages(rewards, group_size, scale=True, baseline="group"):
     """Equation (3): rewards [B], groups one after the other -> advantages [B]; scale=False: only
     the mean is subtracted.
 
-    The standard deviation is the unbiased one, plus 1e-4. Equal rewards give exactly 0: what
-    rounding leaves of their differences would be multiplied by 1e4.
+    leave-one-out: the mean of the others, which is G / (G - 1) times the distance to that of all.
+    batch: everything is one group. The standard deviation is the unbiased one, plus 1e-4. Equal
+    rewards give exactly 0: what rounding leaves of their differences would be multiplied by 1e4.
     """
     groups = rewards.view(-1, group_size)  # [prompts, G]
+    if baseline == "batch":
+        groups = rewards.view(1, -1)
     advantages = groups - groups.mean(1, keepdim=True)
+    if baseline == "leave-one-out":
+        advantages = advantages * group_size / (group_size - 1)
     if scale:
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
     equal = (groups == groups[:, :1]).all(1, keepdim=True)
     return advantages.masked_fill(equal, 0.0).flatten()
+
+
+def rewards_with_kl(rewards, logps, ref_logps, mask, beta):
+    """r - beta log(pi_old / pi_ref) of whole completions: [B] and log-probabilities [B, T] -> [B].
+    The expectation of the log-ratio is the KL (k1)."""
+    return rewards - beta * ((logps - ref_logps) * mask).sum(1)
 
 
 def kl_k3(logps, ref_logps):
@@ -141,19 +171,37 @@ def kl_k3(logps, ref_logps):
     return log_ratio.exp() - log_ratio - 1
 
 
+def kl_k2(logps, ref_logps):
+    """log(pi / pi_ref)^2 / 2 for each element (nats). Its expectation is near the KL only where
+    that is small, but that of its gradient is the gradient of KL(pi || pi_ref)."""
+    return 0.5 * (logps - ref_logps) ** 2
+
+
 def whole_completions(logps, mask):
     """log-probabilities of tokens [B, T] -> of their completion, at each of its tokens [B, T]."""
     return (logps * mask).sum(1, keepdim=True) * mask
 
 
+def ratios(logps, old_logps, mask, ratio):
+    """rho at each token, [B, T]: its own (token, cispo), that of its completion (sequence), or the
+    geometric mean over the completion's tokens (gspo)."""
+    log_ratio = (logps - old_logps) * mask
+    if ratio in ("sequence", "gspo"):
+        log_ratio = whole_completions(log_ratio, mask)
+    if ratio == "gspo":
+        log_ratio = log_ratio / mask.sum(1, keepdim=True).clamp(min=1)
+    return log_ratio.exp()
+
+
 def grpo_loss(
     logps, old_logps, ref_logps, advantages, mask, *, beta, clip_low, clip_high,
-    loss_type="grpo", ratio="token", kl_correction=False, total=None,
+    loss_type="grpo", ratio="token", kl="k3", kl_correction=False, total=None,
 ):
     """Minus equation (1), or minus DeepSeekMath's (3) with ratio "token" -> scalar.
 
     logps, old_logps, ref_logps [B, T] in nats: of the policy, of the one that sampled, of the
-    reference (not read where beta is 0); mask [B, T]: 1 on completion tokens; advantages [B].
+    reference (not read where beta is 0 or kl "reward"); mask [B, T]: 1 on completion tokens;
+    advantages [B].
 
     grpo     sum_i (1 / |o_i|) sum_t loss_it / total,  total = completions
     dapo     sum_i sum_t loss_it / total,              total = tokens of all completions
@@ -162,25 +210,24 @@ def grpo_loss(
     `total` is that of these rows unless it is given: micro-batches share the update's.
     """
     mask = mask.to(logps.dtype)
-    logps, old_logps, ref_logps = logps * mask, old_logps * mask, ref_logps * mask
-    if ratio == "sequence":
-        logps = whole_completions(logps, mask)
-        old_logps = whole_completions(old_logps, mask)
-        ref_logps = whole_completions(ref_logps, mask)
-    rho = (logps - old_logps).exp()  # [B, T]
+    logps, ref_logps = logps * mask, ref_logps * mask
+    rho = ratios(logps, old_logps, mask, ratio)  # [B, T]
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     losses = -torch.min(rho * advantages[:, None], clipped * advantages[:, None])
-    if beta:
-        kl = kl_k3(logps, ref_logps)
-        losses = losses + beta * (kl * rho if kl_correction else kl)
+    if ratio == "cispo":
+        losses = -clipped.detach() * logps * advantages[:, None]
+    if beta and kl != "reward":
+        if ratio == "sequence":
+            logps, ref_logps = [whole_completions(x, mask) for x in (logps, ref_logps)]
+        estimates = {"k3": kl_k3, "k2": kl_k2}[kl](logps, ref_logps)
+        losses = losses + beta * (estimates * rho if kl_correction else estimates)
     sums = (losses * mask).sum(1)  # [B]
+    totals = {"grpo": len(mask), "dapo": mask.sum().clamp(min=1), "dr_grpo": mask.numel()}
+    if loss_type not in totals:
+        raise ValueError(f"loss_type {loss_type!r}: grpo, dr_grpo or dapo")
     if loss_type == "grpo":
-        return (sums / mask.sum(1).clamp(min=1)).sum() / (total or len(mask))
-    if loss_type == "dapo":
-        return sums.sum() / (total or mask.sum().clamp(min=1))
-    if loss_type == "dr_grpo":
-        return sums.sum() / (total or mask.numel())
-    raise ValueError(f"loss_type {loss_type!r}: grpo, dr_grpo or dapo")
+        sums = sums / mask.sum(1).clamp(min=1)
+    return sums.sum() / (total or totals[loss_type])
 
 
 def loss_total(mask, args: Args) -> int:
@@ -260,8 +307,8 @@ def add_gradients(policy, experience: Experience, args: Args):
         part = grpo_loss(
             logps, old_logps, e.ref_logps[at], e.advantages[at], e.mask[at],
             beta=args.beta, clip_low=args.clip, clip_high=args.clip_high or args.clip,
-            loss_type=args.loss_type, ratio=args.ratio, kl_correction=args.kl_correction,
-            total=e.total,
+            loss_type=args.loss_type, ratio=args.ratio, kl=args.kl,
+            kl_correction=args.kl_correction, total=e.total,
         )
         part.backward()
         loss += part.detach()
@@ -285,17 +332,16 @@ def update(policy, optimizer, experience: Experience, run: Run, step: int) -> di
 
 
 def ratio_metrics(logps, experience: Experience, args: Args) -> dict:
-    """Mean ratio, and the shares of tokens that clipping leaves without a gradient."""
+    """Mean ratio, and the shares of tokens where clipping changes the loss: it leaves them without
+    a gradient, or in CISPO with a smaller or larger one."""
     e, (at,) = experience, send(logps.device, torch.tensor(experience.indices))
     mask = e.mask[at]
-    log_ratio = (logps[at] - e.old_logps[at]) * mask
-    if args.ratio == "sequence":
-        log_ratio = whole_completions(log_ratio, mask)
-    ratio, positive = log_ratio.exp(), (e.advantages[at] > 0)[:, None]
+    ratio = ratios(logps[at], e.old_logps[at], mask, args.ratio)
+    positive, is_weight = (e.advantages[at] > 0)[:, None], args.ratio == "cispo"
     values = {
         "ratio": ratio,
-        "clipped_low": (ratio < 1 - args.clip) & ~positive,
-        "clipped_high": (ratio > 1 + (args.clip_high or args.clip)) & positive,
+        "clipped_low": (ratio < 1 - args.clip) & (~positive | is_weight),
+        "clipped_high": (ratio > 1 + (args.clip_high or args.clip)) & (positive | is_weight),
     }
     tokens = mask.sum().clamp(min=1)
     return to_floats({name: (value * mask).sum() / tokens for name, value in values.items()})
@@ -368,39 +414,62 @@ def evaluate(policy, held_out: HeldOut, run: Run, step: int):
 
 def collect(reference, rollout, examples, total, args: Args) -> Experience:
     """A rollout and its rewards [B] -> advantages, masks, the reference's log-probabilities."""
-    advantages = group_advantages(total, args.samples_per_prompt, args.scale)
-    mask = rollout.completion_mask
+    ref_logps, beta = torch.zeros_like(rollout.logps), args.beta
+    if beta:
+        ref_logps = reference_logprobs(reference, rollout, args)
+    mask, device = rollout.completion_mask, ref_logps.device
+    if beta and args.kl == "reward":
+        total = rewards_with_kl(total.to(device), rollout.logps, ref_logps, mask.to(device), beta)
+        total, beta = total.cpu(), 0.0  # the loss has no KL
+    advantages = group_advantages(total, args.samples_per_prompt, args.scale, args.baseline)
     if args.mask_truncated:
         mask = mask * rollout.ended[:, None]
-    ref_logps = torch.zeros_like(rollout.logps)
-    if args.beta:
-        ref_logps = reference_logprobs(reference, rollout, args)
-    device, indices = ref_logps.device, rows_to_learn_from(advantages, mask, args.beta)
+    indices = rows_to_learn_from(advantages, mask, beta)
     return Experience(examples, rollout.rows, mask.to(device), advantages.to(device), ref_logps,
                       indices, loss_total(mask, args))
 
 
 def rollout_metrics(rollout, rewards, total, experience: Experience, args: Args) -> dict:
     e, lengths = experience, rollout.completion_mask.sum(1).float()  # [B]
-    groups = e.advantages.view(-1, args.samples_per_prompt)
+    groups = total.view(-1, args.samples_per_prompt)
     gap = (e.old_logps - rollout.logps) * (e.old_logps != 0)  # 0: a row that was not learnt from
     metrics = {
-        "zero_variance": (groups == 0).all(1).float().mean(),
         "entropy": -rollout.logps.sum() / lengths.sum(),
         "sampling_gap": gap.abs().max(),
     }
     if args.beta:
-        kl = kl_k3(e.old_logps, e.ref_logps) * e.mask
+        kl = kl_k3(rollout.logps, e.ref_logps) * e.mask
         metrics["kl"] = kl.sum(1).mean()  # nats per completion
-    host = {"reward": total.mean(), "length": lengths.mean(), "ended": rollout.ended.float().mean()}
+    host = {
+        "reward": total.mean(),
+        "zero_variance": (groups == groups[:, :1]).all(1).float().mean(),
+        "length": lengths.mean(),
+        "ended": rollout.ended.float().mean(),
+    }
     if rewards.shape[1] > 1:
         host |= {f"reward_{i}": reward for i, reward in enumerate(rewards.nanmean(0), 1)}
     return to_floats(metrics) | to_floats(host)
 
 
-def main(args: Args) -> None:
-    if args.samples_per_prompt < 2:
+def check_args(args: Args) -> None:
+    """Combinations that would do nothing, or not what their names say."""
+    if args.samples_per_prompt < 2 and args.baseline != "batch":
         raise UserError("--samples-per-prompt 1: a group is compared with itself: give at least 2")
+    if args.baseline == "leave-one-out" and args.scale:
+        raise UserError("--baseline leave-one-out: RLOO has no deviation in it: add --no-scale")
+    if args.beta == 0 and (args.kl != "k3" or args.kl_correction):
+        raise UserError("--kl and --kl-correction: there is no KL at --beta 0: give a --beta")
+    if args.kl_correction and args.kl != "k3":
+        raise UserError(f"--kl-correction: --kl {args.kl} has the KL's gradient without it")
+    if args.kl_correction and args.ratio == "gspo":
+        raise UserError("--kl-correction: --ratio gspo, a geometric mean, corrects no expectation")
+    if args.ratio == "sequence" and args.loss_type != "grpo":
+        raise UserError(f"--ratio sequence: completions have one loss each, and --loss-type "
+                        f"{args.loss_type} would count it once per token: give grpo")
+
+
+def main(args: Args) -> None:
+    check_args(args)
     if is_embedded(args) and not args.reward_model:
         args.reward_fn = args.reward_fn or [f"{ASSETS / 'rewards.py'}:correct_sum"]
     run = Run(args)

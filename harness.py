@@ -320,13 +320,17 @@ def messages_of(value, name: str):
     [{"role", "content", ...}], contents as texts."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(value)
+            parsed = json.loads(value)
+            if all(isinstance(m, dict) and ("role" in m or "from" in m) for m in parsed):
+                value = parsed
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, (list, tuple)) or not all(isinstance(m, dict) for m in value):
         raise UserError(f"{name!r} is {str(value)[:40]!r}: give a text or a list of messages")
+    if not value:
+        raise Skip(f"{name!r} is empty")
     messages = []
     for message in value:
         message = {key: x for key, x in message.items() if x is not None}
@@ -479,7 +483,8 @@ def load_prompts(args, model, tokenizer) -> tuple[list, list]:
         return [make_row(ids, [])]
 
     train, held_out = load_examples(args, encode, Limits.of(args, model), args.max_new_tokens)
-    return [(example, row.ids) for example, (row,) in train], different_prompts(held_out, args)
+    train = [(example, row.ids) for example, (row,) in train]
+    return train, different_prompts(held_out, args, model)
 
 
 def load_different_prompts(args, model, tokenizer) -> list[tuple[Example, list[int]]]:
@@ -499,13 +504,18 @@ def load_different_prompts(args, model, tokenizer) -> list[tuple[Example, list[i
     return [(example, row.ids) for example, (row,) in encoded]
 
 
-def different_prompts(encoded, args) -> list[tuple[Example, list[int]]]:
-    """The first --eval-prompts different prompts of [(example, rows)] -> [(example, ids)]."""
-    found = {}
+def different_prompts(encoded, args, model) -> list[tuple[Example, list[int]]]:
+    """The first --eval-prompts different prompts of [(example, rows)] that leave room for
+    --max-new-tokens -> [(example, ids)]."""
+    found, room = {}, window(model) - args.max_new_tokens
     for example, (row, *_) in encoded:
         prompt_length = row.mask.index(1) if 1 in row.mask else len(row.ids)
         ids = row.ids[:prompt_length]
-        found.setdefault(tuple(ids), (example, ids))
+        if len(ids) <= room:
+            found.setdefault(tuple(ids), (example, ids))
+    if not found:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: no held-out prompt leaves so "
+                        f"much room in the model's window of {window(model)} tokens: lower it")
     return list(found.values())[:args.eval_prompts]
 
 

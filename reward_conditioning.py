@@ -33,10 +33,10 @@ The saved model asks for the best label by itself, in any software: its tokenize
 in front of every text, its chat template in front of what the user says first.
 
 Expect of the first command a policy that wins 88% against the reference, at 4.1 nats. The first
-round learns little: the embedded model hardly reads its prompt (of the reviews that name a genre,
-14% name the prompt's; 1 in 8 is chance), and has to find out that there is a label. Hence the
-default of --prefix, the label twelve times: written once, it was not found within 400 updates.
-Binary's labels are noisier, and it wins 58% to 60% in three seeds, at 1.7 nats.
+round learns little: the embedded model hardly reads its prompt (of the reviews that name a
+genre, 14% name the prompt's; 1 in 8 is chance), and has to find out that there is a label. Hence
+the default of --prefix, the label twelve times: written once, it was not found in 400 updates.
+Binary's labels are noisier, and it wins 58% to 61% in three seeds, at 1.3 to 1.6 nats.
 
 Data: quark prompts in `--prompt-column` (every further column reaches the reward function by its
 name), binary `prompt` + `chosen` + `rejected`. Texts or lists of messages.
@@ -73,7 +73,7 @@ class Args(TrainArgs):
     method: Literal["quark", "binary"] = "quark"
     """quark: quantiles of the reward of own completions; binary: chosen and rejected"""
     dataset: str | None = None
-    """prompts (binary: comparisons): Hub id, id:config, or local file or directory"""
+    """prompts (binary: comparisons): Hub id, id:config, or file or directory"""
     split: str = "train"
     """split of --dataset, or a part of it such as train[:1000]"""
     prompt_column: str = "prompt"
@@ -83,11 +83,11 @@ class Args(TrainArgs):
     eval_split: str = "test"
     """split of --eval-dataset"""
     reward_model: str | None = None
-    """sequence-classification model with one label, quark's reward; embedded data: tiny-rm"""
+    """sequence-classification model with one label: quark's reward"""
     reward_fn: str | None = None
-    """FILE.py:function, quark's reward; beside --reward-model, or for binary, the judge"""
+    """FILE.py:function: quark's reward; beside --reward-model or for binary, the judge"""
     prefix: str = 12 * "{label}" + " "
-    """text in front of prompts, {label} the number; for real models "Quality {label} of 5. " """
+    """text before prompts, {label} the number; real models: "Quality {label} of 5. " """
     beta: NonNegative | None = None
     """KL coefficient: the larger, the closer to the reference; default: 0.2, binary 0"""
     quantiles: Annotated[int, (lambda x: x >= 2, "at least 2")] = 5
@@ -144,7 +144,8 @@ def with_label(tokenizer, text: str):
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
     start, end = special.index(0), len(ids) - special[::-1].index(0)
     pieces = []
-    for name, added in (("before", ids[:start] + encode(tokenizer, text)), ("after", ids[end:])):
+    before, after = ids[:start] + encode(tokenizer, text), ids[end:]
+    for name, added in (("before", before), ("after", after)):
         tokens = tokenizer.convert_ids_to_tokens(added)
         pieces.append({"id": name, "ids": added, "tokens": tokens})
     processor = TemplateProcessing(single="before $A after", special_tokens=pieces)
@@ -171,8 +172,8 @@ def label_tokenizers(args: Args) -> dict:
 
 
 def load_data(args: Args, policy, tokenizers):
-    """-> training examples, binary's labelled completions [(example, row)], held-out examples.
-    Prompts must leave room for a completion behind the longest label."""
+    """-> training examples, binary's labelled completions [(example, row)], and held-out
+    examples. Prompts must leave room for a completion behind the longest label."""
     stops = stop_ids(policy, tokenizers[0])
     longest = max(tokenizers.values(), key=lambda asking: len(encode_prompt(asking, "")))
 
@@ -189,9 +190,10 @@ def load_data(args: Args, policy, tokenizers):
 
     limits = Limits.of(args, policy)
     train, held_out = load_examples(args, encode_example, limits, args.max_new_tokens)
-    examples = [example for example, _ in train]
     completions = [(example, row) for example, (_, *rows) in train for row in rows]
-    return examples, completions, [example for example, _ in different_prompts(held_out, args)]
+    train = [example for example, _ in train]
+    held_out = [example for example, _ in different_prompts(held_out, args, policy)]
+    return train, completions, held_out
 
 
 def prompt_ids(tokenizer, example) -> list[int]:
@@ -210,8 +212,8 @@ def without_label(tokenizer, example, row: Row) -> Row:
 def conditioning_loss(logps, ref_logps, targets, beta: float):
     """Equation (1), summed over tokens -> (loss, KL(pi_ref || pi_theta)), nats.
 
-    logps, ref_logps [N, V]: log-probabilities of all tokens, with and without the label; targets
-    [N]: the tokens that came. ref_logps None: without the KL.
+    logps, ref_logps [N, V]: log-probabilities of all tokens, with and without the label, None
+    without the KL; targets [N]: the tokens that came.
     """
     nll = F.nll_loss(logps, targets, reduction="sum")
     if ref_logps is None:
@@ -283,14 +285,14 @@ def labelled_pool(pool: list[dict], examples, tokenizers) -> list:
 
 
 def plan_rounds(args: Args, num_examples: int) -> tuple[list[list[int]], int]:
-    """-> the indices of each round's examples, and updates per round. Binary is one round."""
+    """-> indices of each round's examples, and updates per round. Binary is one round."""
     rounds, size, n = 1, num_examples, 2
     if args.method == "quark":
         rounds, n = args.rounds, args.samples_per_prompt
         size = min(args.prompts_per_round, num_examples)
     plan = batches(n * size, args.batch_size, args.epochs, args.max_steps, args.seed)
-    print(f"{num_examples} examples; {rounds} x ({n * size} more completions, {len(plan)} updates)",
-          flush=True)
+    print(f"{num_examples} examples; rounds: {rounds}; completions and updates per round: "
+          f"{n * size} and {len(plan)}", flush=True)
     return batches(num_examples, size, 1, rounds, args.seed), len(plan)
 
 
@@ -343,6 +345,7 @@ def main(args: Args) -> None:
     reference = load_reference(policy, args)
     gold = load_reward(args, args.reward_fn)
     proxy = load_reward(args, None, args.reward_model, plain.chat_template)
+    reward = proxy or gold
     examples, completions, eval_examples = load_data(args, policy, tokenizers)
     eval_prompts = [(example, prompt_ids(plain, example)) for example in eval_examples]
     held_out = HeldOut(eval_prompts, gold or proxy, reference, plain)
@@ -352,22 +355,22 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     done, memory = run.start(policy, optimizer)
     if done == 0:
-        memory["before"], memory["samples"] = evaluate(policy, plain, held_out, run, 0, proxy=proxy)
-        memory["pool"] = []
+        before, samples = evaluate(policy, plain, held_out, run, 0, proxy=proxy)
+        memory |= {"before": before, "samples": samples, "pool": []}
     held_out.reference_samples, pool = memory["samples"], memory["pool"]
     bar = progress_bar("reward_conditioning", done, total)
     for step in bar:
         number, turn = divmod(step, steps)
         if quark and turn == 0:
             asking = best if number else plain  # at first a label means nothing
-            metrics = explore(policy, asking, examples, asked[number], pool,
-                              reward=proxy or gold, args=args)
+            indices = asked[number]
+            metrics = explore(policy, asking, examples, indices, pool, reward=reward, args=args)
             run.log(step, "train", **metrics)
         if quark and (turn == 0 or step == done):
             completions = labelled_pool(pool, examples, tokenizers)
         began = time.perf_counter()
-        order = batches(len(completions), args.batch_size, 1, steps, args.seed + number)[turn]
-        batch = [completions[i] for i in order]
+        plan = batches(len(completions), args.batch_size, 1, steps, args.seed + number)
+        batch = [completions[i] for i in plan[turn]]
         metrics = add_gradients(policy, reference, plain, batch, args)
         metrics["grad_norm"] = clip_gradients(policy, args.max_grad_norm)
         run.check_finite(step, metrics, [example for example, _ in batch])
@@ -376,7 +379,8 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
 
         tokens = sum(len(row.ids) for _, row in batch)
-        run.log(step + 1, "train", **metrics, tokens_per_s=tokens / (time.perf_counter() - began))
+        metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
+        run.log(step + 1, "train", **metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         is_due = (step + 1) % (steps if quark else args.eval_every) == 0
         if is_due and step + 1 < total:
@@ -384,7 +388,8 @@ def main(args: Args) -> None:
         if (step + 1) % args.save_every == 0 or step + 1 == total:
             run.save_checkpoint(step + 1, policy, optimizer, memory)
 
-    saved, best = save_and_reload(policy, best, run.dir, args), load_tokenizer(str(run.dir))
+    saved = save_and_reload(policy, best, run.dir, args)
+    best = load_tokenizer(str(run.dir))
     evaluation, samples = evaluate(saved, best, held_out, run, total, proxy=proxy)
     if proxy:
         evaluation["proxy_reward_ref"] = memory["before"]["proxy_reward"]

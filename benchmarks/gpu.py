@@ -1,36 +1,42 @@
-"""One GPU: how near its limits training and decoding come, and what a step of RLHF spends its time on.
+"""One GPU: how near its limits training and decoding come, and where the time of a step goes.
 
-    python benchmarks/gpu.py                       # -> benchmarks/results/gpu.json and tables, in about --minutes 8
+    python benchmarks/gpu.py         # benchmarks/results/gpu.json and tables, in about --minutes 8
     python benchmarks/gpu.py --sections machine decoding --models 0.5B
-    python benchmarks/gpu.py --smoke --output gpu.json                 # tiny shapes, on a CPU too: does it all run?
+    python benchmarks/gpu.py --smoke --output gpu.json    # tiny shapes, on a CPU too: does it run?
 
-Models: the shapes of Qwen2.5 0.5B and 1.5B, random weights, made on the GPU. As in the scripts: fp32 master weights,
-bf16 autocast, fused AdamW, no gradient checkpointing. Every clock waits for the GPU, the scripts' too, which do not by
-themselves. Times are medians after a warm-up, peak_gib is torch.cuda.max_memory_allocated of the row. A row that fails
-says why, and the others go on.
+Models: the shapes of Qwen2.5 0.5B and 1.5B, random weights, made on the GPU. As in the scripts:
+fp32 master weights, bf16 autocast, fused AdamW, no gradient checkpointing. Every clock waits for
+the GPU, the scripts' too, which do not by themselves. Times are medians after a warm-up, peak_gib
+is torch.cuda.max_memory_allocated of the row. A row that fails says why, and the others follow.
 
-machine   FLOP/s of a bf16 product of two 8192^2 matrices; bytes/s of a copy (read and written) and of a sum (read) of
-          2 GiB: the measured limits. Beside them the vendor's dense bf16 and memory numbers, where the GPU is known.
-training  updates of 8 pairs, a prompt of 512 tokens and two completions of 512 each, by what dpo.py (the reference's
-          log-probabilities given) and reward_model.py (without its dropout) call: micro_batches, loss, backward pass,
-          clipping, AdamW. share_of_gemm and mfu: NECESSARY FLOPs a second over the measured product's and over the
-          vendor's. Necessary is 3 forward passes (the backward pass is 2) of
+machine   FLOP/s of a bf16 product of two 8192^2 matrices; bytes/s of a copy (read and written) and
+          of a sum (read) of 2 GiB: the measured limits. Beside them the vendor's dense bf16 and
+          memory numbers, where the GPU is known.
+training  updates of 8 pairs, a prompt of 512 tokens and two completions of 512 each, by what dpo.py
+          (the reference's log-probabilities given) and reward_model.py (without its dropout) call:
+          preferences() or batch_loss(), clipping, AdamW. share_of_gemm and mfu: NECESSARY FLOPs per
+          second over the measured product's and over the vendor's. Necessary is 3 forward passes
+          (the backward pass is 2) of
 
-              2 x weights of the layers x tokens + 2 x weights of the head x completion tokens + causal attention
+              2 x weights of the layers x tokens + 2 x weights of the head x completion tokens
+              + causal attention
 
-          where a pair's shared prompt counts once, because it is computed once: 1,536 tokens, not 2,048. Look-ups of
-          embeddings and the reward model's head are nothing; what is computed twice (chunks of logits) counts once.
-          tokens_per_s is what a user sees and the scripts count: 2,048 a pair.
-decoding  common.generate: prompts of 128 tokens (8 samples each from batch 64 on), no EOS, no text. A step is (time of
-          128 new tokens - time of 32) / 96: without prefill. Its limit: the bf16 weights and the bf16 cache (of mean
-          length) read once, at the measured bandwidth (the better of copy and sum) or the vendor's.
-scripts   main() of dpo.py, of grpo.py with a reference (beta 0.04), of ppo_rlhf.py with a reward model and a critic:
-          0.5B, up to the first checkpoint, in micro-batches of the default 4,096 tokens and larger. DPO: the pairs of
-          training. GRPO: 32 prompts x 8 completions, PPO: 256 x 1; 128 + 128 tokens. `seconds` is from a step's last
-          AdamW to the next step's; rates are those of metrics.jsonl, shares are of the three phases' sum.
-trl       TRL, if installed, on the same weights and batches: bf16, no gradient checkpointing, fused AdamW, generation
-          by transformers, as many rows a pass as fit. DPO's reference is computed before training, and not counted, on
-          both sides. ratio: its seconds over those of our faster micro-batches.
+          where a pair's shared prompt counts once, because it is computed once: 1,536 tokens, not
+          2,048. Look-ups of embeddings and the reward model's head are nothing. tokens_per_s is
+          what a user sees and the scripts count: 2,048 per pair.
+decoding  common.generate: prompts of 128 tokens (8 samples each from batch 64 on), no EOS, no text.
+          A step is (time of 128 new tokens - time of 32) / 96: without prefill. Its limit: the bf16
+          weights and the bf16 cache (of mean length) read once, at the measured bandwidth (the
+          better of copy and sum) or the vendor's.
+scripts   main() of dpo.py, of grpo.py with a reference (beta 0.04), of ppo_rlhf.py with a reward
+          model and a critic: 0.5B, up to the first checkpoint, in micro-batches of the default size
+          and larger. DPO: the pairs of training. GRPO: 32 prompts x 8 completions, PPO: 256 x 1;
+          128 + 128 tokens. `seconds` is from a step's last AdamW to the next step's; rates are
+          those of metrics.jsonl, shares are of the three phases' sum.
+trl       TRL, if installed, on the same weights and batches: bf16, no gradient checkpointing, fused
+          AdamW, generation by transformers, as many rows per pass as fit. DPO's reference is
+          computed before training, and not counted, on both sides. ratio: its seconds over those
+          of our faster micro-batches.
 """
 
 import argparse
@@ -38,7 +44,9 @@ import contextlib
 import gc
 import importlib
 import io
+import itertools
 import json
+
 import os
 import statistics
 import sys
@@ -61,24 +69,38 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import common
 import dpo
 import reward_model
-from common import can_pack, clip_gradients, generate, make_row, micro_batches, print_table
+from common import clip_gradients, generate, make_row, micro_batches, token_budget
+from harness import print_table
 
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,  # after common
-                          PreTrainedTokenizerFast, Qwen2Config)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # after common
+from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 SECTIONS = ("machine", "training", "decoding", "scripts", "trl")
-MODELS = {"0.5B": (896, 24, 14, 4864, 151936), "1.5B": (1536, 28, 12, 8960, 151936), "tiny": (32, 2, 4, 48, 512)}
-VENDOR = {"NVIDIA H100 80GB HBM3": (989e12, 3.35e12), "NVIDIA H200": (989e12, 4.8e12),  # dense bf16 FLOP/s, bytes/s
-          "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12)}
-FULL = dict(models=["0.5B", "1.5B"], script_model="0.5B", gemm=8192, floats=2**29, repeats=7, pair=(512, 512), pairs=8,
-            passes={"0.5B": (None, 8), "1.5B": (None, 4)}, decoding=(128, 32, 128), decoding_batches=(1, 64, 256),
-            rollout=(128, 128), prompts=32, group=8, rollout_passes=(None, 64), steps=4)
-SMOKE = dict(models=["tiny"], script_model="tiny", gemm=64, floats=2**15, repeats=2, pair=(6, 5), pairs=4,
-             passes={"tiny": (None, 2)}, decoding=(6, 4, 24), decoding_batches=(1, 8), rollout=(6, 5), prompts=2,
-             group=4, rollout_passes=(None, 4), steps=3)
+MODELS = {  # width, layers, heads, inner width, words
+    "0.5B": (896, 24, 14, 4864, 151936),
+    "1.5B": (1536, 28, 12, 8960, 151936),
+    "tiny": (32, 2, 4, 48, 512),
+}
+VENDOR = {  # dense bf16 FLOP/s, bytes/s
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
+}
+FULL = dict(
+    models=["0.5B", "1.5B"], script_model="0.5B", gemm=8192, floats=2**29, repeats=7,
+    pair=(512, 512), pairs=8, passes={"0.5B": (None, 8), "1.5B": (None, 4)},
+    decoding=(128, 32, 128), decoding_batches=(1, 64, 256),
+    rollout=(128, 128), prompts=32, group=8, rollout_passes=(None, 64), steps=4,
+)
+SMOKE = dict(
+    models=["tiny"], script_model="tiny", gemm=64, floats=2**15, repeats=2,
+    pair=(6, 5), pairs=4, passes={"tiny": (None, 2)},
+    decoding=(6, 4, 24), decoding_batches=(1, 8),
+    rollout=(6, 5), prompts=2, group=4, rollout_passes=(None, 4), steps=3,
+)
 
 
-# -------------------------------------------------------------------------------------------------- clock, model, FLOPs
+# --- clock, model, FLOPs ---
 
 
 def now() -> float:
@@ -114,14 +136,15 @@ def update_times():
 def make_model(name: str, device, kind=AutoModelForCausalLM):
     """Random weights, with all that common.load_model() sets."""
     width, layers, heads, inner, words = MODELS[name]
-    config = Qwen2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2,
-                         intermediate_size=inner, vocab_size=words, tie_word_embeddings=True, eos_token_id=1,
-                         pad_token_id=0, bos_token_id=None, max_position_embeddings=2048, num_labels=1)
+    config = Qwen2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                         num_key_value_heads=2, intermediate_size=inner, vocab_size=words,
+                         tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
+                         bos_token_id=None, max_position_embeddings=2048, num_labels=1)
     torch.manual_seed(0)
     with torch.device(device):
         model = kind.from_config(config, dtype=torch.float32).eval()
-    model.own_device, model.autocast_dtype = model.device, torch.bfloat16
-    can_pack(model)  # as shard() asks
+    common.AUTOCAST[model.device.type] = torch.bfloat16
+    common.uses_packing(model)  # as shard() asks
     return model
 
 
@@ -133,28 +156,35 @@ def weights_of(config) -> tuple[int, int]:
     return config.num_hidden_layers * layer, width * config.vocab_size
 
 
-def forward_flops(config, prompt: int, answers: list[int], head: bool) -> float:
-    """Of one prompt, computed once, and its answers. Attention: half of the square; each answer sees the prompt too."""
+def forward_flops(config, prompt: int, completions: list[int], head: bool) -> float:
+    """Of one prompt, computed once, and its completions, of so many tokens. Attention: half of the
+    square; each completion sees the prompt too."""
     layers, head_weights = weights_of(config)
-    keys = prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in answers)  # that all queries meet
-    return (2 * layers * (prompt + sum(answers)) + 4 * config.num_hidden_layers * config.hidden_size * keys
-            + 2 * head * head_weights * sum(answers))
+    keys = prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in completions)  # that all queries meet
+    return (2 * layers * (prompt + sum(completions))
+            + 4 * config.num_hidden_layers * config.hidden_size * keys
+            + 2 * head * head_weights * sum(completions))
 
 
-# --------------------------------------------------------------------------------------- machine, training and decoding
+# --- machine, training and decoding ---
 
 
 def machine(shape, device) -> dict:
-    a, b = (torch.randn(shape["gemm"], shape["gemm"], device=device, dtype=torch.bfloat16) for _ in range(2))
+    size, options = shape["gemm"], {"device": device, "dtype": torch.bfloat16}
+    a, b = torch.randn(size, size, **options), torch.randn(size, size, **options)
     x = torch.randn(shape["floats"], device=device)
     y = torch.empty_like(x)
-    product, copy, read = (median_seconds(lambda: [work() for _ in range(10)], shape["repeats"]) / 10
-                           for work in (lambda: a @ b, lambda: y.copy_(x), lambda: x.sum()))
-    flops, bandwidth = 2 * shape["gemm"]**3 / product, max(8 * len(x) / copy, 4 * len(x) / read)
+
+    def seconds(work):
+        return median_seconds(lambda: [work() for _ in range(10)], shape["repeats"]) / 10
+
+    flops = 2 * size**3 / seconds(lambda: a @ b)
+    copy, read = 8 * len(x) / seconds(lambda: y.copy_(x)), 4 * len(x) / seconds(lambda: x.sum())
     vendor_flops, vendor_bandwidth = VENDOR.get(device_name(device), (nan, nan))
-    return {"gemm_tflops": flops / 1e12, "copy_tb_s": 8 * len(x) / copy / 1e12, "read_tb_s": 4 * len(x) / read / 1e12,
+    return {"gemm_tflops": flops / 1e12, "copy_tb_s": copy / 1e12, "read_tb_s": read / 1e12,
             "vendor_tflops": vendor_flops / 1e12, "vendor_tb_s": vendor_bandwidth / 1e12,
-            "gemm_of_vendor": flops / vendor_flops, "bandwidth_of_vendor": bandwidth / vendor_bandwidth}
+            "gemm_of_vendor": flops / vendor_flops,
+            "bandwidth_of_vendor": max(copy, read) / vendor_bandwidth}
 
 
 def device_name(device) -> str:
@@ -162,75 +192,94 @@ def device_name(device) -> str:
 
 
 def training(shape, device, limits, name: str, stage: str, pairs_a_pass: int | None) -> dict:
-    model = make_model(name, device, AutoModelForCausalLM if stage == "dpo" else AutoModelForSequenceClassification)
+    is_dpo = stage == "dpo"
+    kind = AutoModelForCausalLM if is_dpo else AutoModelForSequenceClassification
+    model, (prompt, completion) = make_model(name, device, kind), shape["pair"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    prompt, completion = shape["pair"]
-    ids = torch.randint(2, model.config.vocab_size, (shape["pairs"], prompt + 2 * completion)).tolist()
-    pairs = [[make_row(row[:prompt], y) for y in (row[prompt:-completion], row[-completion:])] for row in ids]
-    ref_logps = torch.zeros(len(pairs), 2, device=device)
-    groups = micro_batches([dpo.pair_length(pair) for pair in pairs], pairs_a_pass)
+    size = (shape["pairs"], prompt + 2 * completion)
+    pairs = []
+    for ids in torch.randint(2, model.config.vocab_size, size).tolist():
+        chosen = make_row(ids[:prompt], ids[prompt:-completion])
+        pairs.append((chosen, make_row(ids[:prompt], ids[-completion:])))
+    if is_dpo:
+        batch = [dpo.Pair({}, chosen, rejected, 0.0, 0.0) for chosen, rejected in pairs]
+    else:
+        batch = [({"margin": None}, pair) for pair in pairs]
+    args = (dpo if is_dpo else reward_model).Args(micro_batch_size=pairs_a_pass)
 
     def update():
-        for group in groups:
-            batch = [pairs[i] for i in group]
-            if stage == "dpo":
-                losses, *_ = dpo.dpo_loss(*dpo.pair_logprobs(model, batch, 1.0).T, *ref_logps[group].T, 0.1)
-                loss = losses.sum() / len(pairs)
-            else:
-                rewards = reward_model.scores(model, [row for pair in batch for row in pair])
-                loss = reward_model.pairwise_loss(*rewards.view(-1, 2).T) * (len(group) / len(pairs))
-            loss.backward()
+        if is_dpo:
+            dpo.preferences(model, batch, args, train=True)
+        else:
+            reward_model.batch_loss(model, batch, args)
         clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     seconds = median_seconds(update, shape["repeats"])
-    flops = 3 * len(pairs) * forward_flops(model.config, prompt, [completion] * 2, head=stage == "dpo")
-    return {"pairs_a_pass": len(groups[0]), "packed": model.packs, "seconds": seconds,
-            "tokens_per_s": len(pairs) * 2 * (prompt + completion) / seconds, "necessary_tflop": flops / 1e12,
-            "share_of_gemm": flops / seconds / limits["gemm"], "mfu": flops / seconds / limits["vendor_gemm"]}
+    flops = 3 * len(pairs) * forward_flops(model.config, prompt, [completion] * 2, head=is_dpo)
+    tokens = 2 * (prompt + completion)  # per pair
+    budget = token_budget(model) if is_dpo else 4096
+    groups = micro_batches([tokens] * len(pairs), pairs_a_pass, budget)
+    return {"pairs_a_pass": len(groups[0]), "packed": common.uses_packing(model),
+            "seconds": seconds, "tokens_per_s": len(pairs) * tokens / seconds,
+            "necessary_tflop": flops / 1e12, "share_of_gemm": flops / seconds / limits["gemm"],
+            "mfu": flops / seconds / limits["vendor_gemm"]}
 
 
 def decoding(shape, device, limits, name: str, batch: int) -> dict:
     model, (prompt, few, many) = make_model(name, device), shape["decoding"]
     model.generation_config.eos_token_id = None
-    tokenizer = SimpleNamespace(eos_token_id=-1, batch_decode=lambda rows, **_: [""] * len(rows))  # never ends
+    tokenizer = SimpleNamespace(  # never ends
+        eos_token_id=-1, batch_decode=lambda rows, **_: [""] * len(rows))
     samples = 8 if batch % 8 == 0 else 1
     prompts = torch.randint(2, model.config.vocab_size, (batch // samples, prompt)).tolist()
-    short, long = (median_seconds(lambda: generate(model, tokenizer, prompts, samples, new), repeats=3, warmup=1)
-                   for new in (few, many))
+
+    def seconds(new_tokens):
+        return median_seconds(lambda: generate(model, tokenizer, prompts, samples, new_tokens),
+                              repeats=3, warmup=1)
+
+    short, long = seconds(few), seconds(many)
     step, config = (long - short) / (many - few), model.config
     kv_width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    cache = 2 * 2 * config.num_hidden_layers * kv_width * batch * (prompt + (few + many) / 2)  # keys and values, bf16
-    read = 2 * sum(weights_of(config)) + cache
-    return {"batch": batch, "step_ms": 1000 * step, "tokens_per_s": batch / step, "read_gb": read / 1e9,
-            "tokens_per_s_with_prefill": batch * many / long, "share_of_bandwidth": read / step / limits["bandwidth"],
+    per_token = 2 * 2 * config.num_hidden_layers * kv_width  # bytes of keys and values in bf16
+    read = 2 * sum(weights_of(config)) + per_token * batch * (prompt + (few + many) / 2)
+    return {"batch": batch, "step_ms": 1000 * step, "tokens_per_s": batch / step,
+            "read_gb": read / 1e9, "tokens_per_s_with_prefill": batch * many / long,
+            "share_of_bandwidth": read / step / limits["bandwidth"],
             "share_of_vendor": read / step / limits["vendor_bandwidth"]}
 
 
-# ------------------------------------------------------------------------------------------ whole scripts, ours and TRL
+# --- whole scripts, ours and TRL ---
 
 
 def prepare(shape, device, where: Path) -> dict:
     """Policy, reward model and data, as the scripts read them: a word is a token."""
     size = MODELS[shape["script_model"]][-1]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>"] + [f"w{i}" for i in range(2, size)])}
+    pieces = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, size))]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-    for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        make_model(shape["script_model"], device, kind).to(torch.bfloat16).save_pretrained(where / name)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    for name, kind in (("policy", AutoModelForCausalLM),
+                       ("reward", AutoModelForSequenceClassification)):
+        model = make_model(shape["script_model"], device, kind).to(torch.bfloat16)
+        model.save_pretrained(where / name)
         tokenizer.save_pretrained(where / name)
 
+    def text(length):
+        return "".join(f" w{i}" for i in torch.randint(2, size, (length,)).tolist())
+
     def write(name, number, **lengths):
-        rows = [{column: "".join(f" w{i}" for i in torch.randint(2, size, (length,)).tolist())
-                 for column, length in lengths.items()} for _ in range(number)]
+        rows = [{column: text(length) for column, length in lengths.items()} for _ in range(number)]
         (where / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     prompt, completion = shape["pair"]
-    for suffix, pairs, prompts in (("", shape["pairs"], shape["prompts"] * shape["group"]), ("_heldout", 2, 2)):
-        answers = dict(chosen=completion - 1, rejected=completion - 1)  # and EOS
-        write("dpo" + suffix, pairs * shape["steps"], prompt=prompt, **answers)
+    both = dict(chosen=completion - 1, rejected=completion - 1)  # and EOS
+    rollouts = shape["prompts"] * shape["group"]
+    for suffix, pairs, prompts in (("", shape["pairs"], rollouts), ("_heldout", 2, 2)):
+        write("dpo" + suffix, pairs * shape["steps"], prompt=prompt, **both)
         write("prompts" + suffix, prompts, prompt=shape["rollout"][0])
     with mock.patch.object(common, "AutoTokenizer", PreTrainedTokenizerFast):
         read = common.load_tokenizer(str(where / "policy"))
@@ -246,32 +295,44 @@ def sevens(prompts, completions, **columns) -> list[float]:
 def script(shape, device, where: Path, name: str, a_pass: int | None) -> dict:
     """The script's own main(), up to where it would save its only checkpoint."""
     Enough = type("Enough", (Exception,), {})
-    module, steps, data = importlib.import_module(name), shape["steps"], "dpo" if name == "dpo" else "prompts"
+    module, steps = importlib.import_module(name), shape["steps"]
+    data = "dpo" if name == "dpo" else "prompts"
     prompt, new = shape["rollout"]
-    flags = dict(model=str(where / "policy"), dataset=str(where / f"{data}.jsonl"), device=device, dtype="bfloat16",
-                 eval_dataset=str(where / f"{data}_heldout.jsonl"), output_dir=str(where / f"{name}-{a_pass}"),
-                 max_steps=steps, eval_every=10**6, save_every=10**6, eval_prompts=2, micro_batch_size=a_pass,
-                 learning_rate=1e-6, max_new_tokens=new) | {
-        "dpo": dict(batch_size=shape["pairs"], max_new_tokens=4),
-        "grpo": dict(batch_size=shape["prompts"], group_size=shape["group"], beta=0.04, kl_correction=True,
-                     eval_samples=1, reward_fn=[f"{Path(__file__).resolve()}:sevens"]),
-        "ppo_rlhf": dict(batch_size=shape["prompts"] * shape["group"], reward_model=str(where / "reward"),
-                         critic_warmup=0, value_learning_rate=1e-6)}[name]
-    with (update_times() as times, mock.patch.object(module, "time", SimpleNamespace(perf_counter=now)),
-          mock.patch.object(common, "AutoTokenizer", PreTrainedTokenizerFast),  # beside a Qwen2 it expects Qwen's words
-          mock.patch.object(module.Run, "save_checkpoint", side_effect=Enough), contextlib.suppress(Enough),
-          contextlib.redirect_stdout(io.StringIO())):
+    flags = dict(model=str(where / "policy"), dataset=str(where / f"{data}.jsonl"),
+                 eval_dataset=str(where / f"{data}_heldout.jsonl"),
+                 output_dir=str(where / f"{name}-{a_pass}"), device=device, dtype="bfloat16",
+                 max_steps=steps, eval_every=10**6, save_every=10**6, eval_prompts=2,
+                 micro_batch_size=a_pass, learning_rate=1e-6, max_new_tokens=new)
+    if name == "dpo":
+        flags |= dict(batch_size=shape["pairs"], max_new_tokens=4)
+    if name == "grpo":
+        flags |= dict(batch_size=shape["prompts"], samples_per_prompt=shape["group"], beta=0.04,
+                      kl_correction=True, eval_samples=1,
+                      reward_fn=[f"{Path(__file__).resolve()}:sevens"])
+    if name == "ppo_rlhf":
+        flags |= dict(batch_size=shape["prompts"] * shape["group"], critic_warmup=0,
+                      reward_model=str(where / "reward"), value_learning_rate=1e-6)
+    with (update_times() as times,
+          mock.patch.object(module, "time", SimpleNamespace(perf_counter=now)),
+          # beside a Qwen2 it expects Qwen's words
+          mock.patch.object(common, "AutoTokenizer", PreTrainedTokenizerFast),
+          mock.patch.object(module.Run, "save_checkpoint", side_effect=Enough),
+          contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO())):
         module.main(module.Args(**flags))
     lines = (Path(flags["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in map(json.loads, lines) if "grad_norm" in line][1:]  # the first is warm-up
+    lines = [line for line in map(json.loads, lines) if line["phase"] == "train"]
+    lines = lines[1:]  # the first is warm-up
     updates = len(times) // steps  # PPO: of several mini-batches
     row = {"rows_a_pass": a_pass or "default", "seconds": median_gap(times[updates - 1::updates])}
-    row |= {key: statistics.median(line[key] for line in lines) for key in lines[0] if key.endswith("tokens_per_s")}
+    for key in lines[0]:
+        if key.endswith("tokens_per_s"):
+            row[key] = statistics.median(line[key] for line in lines)
     if name != "dpo":
         new = statistics.median(line["length"] for line in lines)
-        phases = {"rollout": new, "scoring": prompt + new, "update": prompt + new}  # tokens that its rate counts
-        phases = {phase: tokens / row[f"{phase}_tokens_per_s"] for phase, tokens in phases.items()}
-        row |= {f"share_{phase}": seconds / sum(phases.values()) for phase, seconds in phases.items()}
+        counted = {"rollout": new, "scoring": prompt + new, "update": prompt + new}
+        phases = {phase: n / row[f"{phase}_tokens_per_s"] for phase, n in counted.items()}
+        row |= {f"share_{phase}": seconds / sum(phases.values())
+                for phase, seconds in phases.items()}
     return row
 
 
@@ -279,26 +340,29 @@ def trl(shape, device, where: Path, stage: str, passes: int) -> dict:
     import trl
     from datasets import Dataset
     whole = shape["pairs"] if stage == "dpo" else shape["prompts"] * shape["group"]
-    flags = dict(output_dir=str(where / "trl"), per_device_train_batch_size=whole // passes, use_cpu=device == "cpu",
-                 gradient_accumulation_steps=passes, max_steps=shape["steps"], learning_rate=1e-6, max_grad_norm=1.0,
-                 gradient_checkpointing=False, bf16=True, optim="adamw_torch_fused", save_strategy="no",
-                 logging_steps=1, report_to="none", disable_tqdm=True)
+    flags = dict(output_dir=str(where / "trl"), per_device_train_batch_size=whole // passes,
+                 use_cpu=device == "cpu", gradient_accumulation_steps=passes,
+                 max_steps=shape["steps"], learning_rate=1e-6, max_grad_norm=1.0,
+                 gradient_checkpointing=False, bf16=True, optim="adamw_torch_fused",
+                 save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True)
     if stage == "dpo":
         trainer, config, more = trl.DPOTrainer, trl.DPOConfig, {}
         flags |= dict(precompute_ref_log_probs=True, max_length=sum(shape["pair"]))
     else:
         trainer, config, more = trl.GRPOTrainer, trl.GRPOConfig, {"reward_funcs": sevens}
-        flags |= dict(num_generations=shape["group"], max_completion_length=shape["rollout"][1], beta=0.04,
-                      loss_type="grpo", use_vllm=False)
+        flags |= dict(num_generations=shape["group"], max_completion_length=shape["rollout"][1],
+                      beta=0.04, loss_type="grpo", use_vllm=False)
     rows = (where / ("dpo.jsonl" if stage == "dpo" else "prompts.jsonl")).read_text().splitlines()
+    rows = Dataset.from_list([json.loads(row) for row in rows])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(where / "policy")
     model = AutoModelForCausalLM.from_pretrained(where / "policy", dtype=torch.float32)
     with update_times() as times, contextlib.redirect_stdout(io.StringIO()):
-        trainer(model=model, args=config(**flags), train_dataset=Dataset.from_list([json.loads(row) for row in rows]),
-                processing_class=PreTrainedTokenizerFast.from_pretrained(where / "policy"), **more).train()
+        trainer(model=model, args=config(**flags), train_dataset=rows, processing_class=tokenizer,
+                **more).train()
     return {"rows_a_pass": whole // passes, "seconds": median_gap(times)}
 
 
-# ------------------------------------------------------------------------------------------------------------- all rows
+# --- all rows ---
 
 
 def measure(results: dict, args, section: str, name: str, function, *inputs) -> dict:
@@ -309,8 +373,8 @@ def measure(results: dict, args, section: str, name: str, function, *inputs) -> 
     if began - args.began > 60 * args.minutes:
         row["error"] = f"left out: --minutes {args.minutes:g} are over"
     else:
-        try:
-            row |= {key: None if x != x else x for key, x in function(*inputs).items()}  # NaN: a limit is not known
+        try:  # NaN: a limit is not known
+            row |= {key: None if x != x else x for key, x in function(*inputs).items()}
         except (Exception, SystemExit) as error:
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if torch.cuda.is_available():
@@ -350,45 +414,55 @@ def trl_section(results, args, shape, *inputs) -> None:
             row = measure(results, args, "trl", stage, trl, shape, *inputs, stage, passes)
             if "OutOfMemory" not in row.get("error", ""):
                 break
-        ours = [r["seconds"] for r in results["rows"] if r["section"] == "scripts" and r["name"] == stage
-                and "seconds" in r]
+        ours = [r["seconds"] for r in results["rows"]
+                if (r["section"], r["name"]) == ("scripts", stage) and "seconds" in r]
         if ours and "seconds" in row:
             row["ratio"] = row["seconds"] / min(ours)
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--models", nargs="+", choices=FULL["models"], default=FULL["models"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that everything runs")
-    parser.add_argument("--minutes", type=float, default=8, help="after these, no further row is begun")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--smoke", action="store_true",
+                        help="tiny shapes, to see that everything runs")
+    parser.add_argument("--minutes", type=float, default=8,
+                        help="after these, no further row is begun")
+    parser.add_argument("--output", type=Path,
+                        default=ROOT / "benchmarks" / "results" / "gpu.json")
     args = parser.parse_args(argv)
     if args.device == "cpu" and not args.smoke:
         parser.error("no GPU: --smoke runs tiny shapes on a CPU")
     args.began, device = time.time(), args.device
     shape = SMOKE if args.smoke else FULL | {"models": args.models}
-    results = {"device": device_name(device), "torch": torch.__version__, "transformers": version("transformers"),
-               "shape": shape, "rows": []}
+    results = {"device": device_name(device), "torch": torch.__version__,
+               "transformers": version("transformers"), "shape": shape, "rows": []}
     limits = {"gemm": nan, "bandwidth": nan}
     limits["vendor_gemm"], limits["vendor_bandwidth"] = VENDOR.get(results["device"], (nan, nan))
     if "machine" in args.sections:
         row = measure(results, args, "machine", results["device"], machine, shape, device)
         if "error" not in row:
-            limits |= {"gemm": row["gemm_tflops"] * 1e12, "bandwidth": max(row["copy_tb_s"], row["read_tb_s"]) * 1e12}
-    for name in shape["models"] if "training" in args.sections else ():
-        for stage, size in ((stage, size) for stage in ("dpo", "reward") for size in shape["passes"][name]):
-            measure(results, args, "training", f"{stage} {name}", training, shape, device, limits, name, stage, size)
+            limits["gemm"] = row["gemm_tflops"] * 1e12
+            limits["bandwidth"] = max(row["copy_tb_s"], row["read_tb_s"]) * 1e12
+    inputs = shape, device, limits
+    for name in shape["models"]:
+        wanted = itertools.product(("dpo", "reward"), shape["passes"][name])
+        for stage, size in wanted if "training" in args.sections else ():
+            measure(results, args, "training", f"{stage} {name}", training, *inputs, name, stage,
+                    size)
     for name in shape["models"] if "decoding" in args.sections else ():
         for batch in shape["decoding_batches"]:
-            measure(results, args, "decoding", name, decoding, shape, device, limits, name, batch)
+            measure(results, args, "decoding", name, decoding, *inputs, name, batch)
     with tempfile.TemporaryDirectory() as temporary:
         inputs = shape, device, Path(temporary)
         if {"scripts", "trl"} & set(args.sections):
             measure(results, args, "scripts", "files", prepare, *inputs)
-        for name in ("dpo", "grpo", "ppo_rlhf") if "scripts" in args.sections else ():
-            for size in (None, shape["pairs"]) if name == "dpo" else shape["rollout_passes"]:
+        passes = {"dpo": (None, shape["pairs"]), "grpo": shape["rollout_passes"],
+                  "ppo_rlhf": shape["rollout_passes"]}
+        for name in passes if "scripts" in args.sections else ():
+            for size in passes[name]:
                 measure(results, args, "scripts", name, script, *inputs, name, size)
         if "trl" in args.sections and importlib.util.find_spec("trl"):
             trl_section(results, args, *inputs)

@@ -116,6 +116,8 @@ def test_run_directory(finished):
     assert len(rounds) == 2
     assert all(row["kept_reward"] > row["round_reward"] and row["kept"] > 0.8 for row in rounds)
     assert [row["round"] for row in rounds] == [1, 2]
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates[1:] == sorted(rates[1:], reverse=True)  # the decay spans all rounds
     results = json.loads((directory / "results.json").read_text())
     assert set(results) >= {"reward_ref", "reward_ref_sd", "reward", "reward_se", "kl", "kl_se",
                             "win_rate", "win_rate_se", "ended", "seconds", "proxy_reward",

@@ -209,13 +209,10 @@ def sampled():
     return model, rollout
 
 
-def experience_of(rollout, advantages, args, keep=None):
-    """As main() makes it, with a reference that is less sure; completions where keep is False are
-    not in the loss."""
+def experience_of(rollout, advantages, args):
+    """As collect() makes it, with a reference that is less sure."""
     mask = rollout.completion_mask.bool()
     ref_logps = rollout.logps - 0.3 * mask
-    if keep is not None:
-        mask = mask & keep[:, None]
     return Experience(
         examples=[], rows=rollout.rows, mask=mask, advantages=advantages, ref_logps=ref_logps,
         indices=rows_to_learn_from(advantages, mask, args.beta), total=loss_total(mask, args),
@@ -266,12 +263,13 @@ def test_groups_of_equal_rewards_are_skipped_without_changing_the_gradient(sampl
 
 def test_truncated_completions_leave_the_loss(sampled):
     model, rollout = sampled
-    args, advantages = grpo.Args(), torch.randn(8)
-    keep = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1]).bool()
-    masked = experience_of(rollout, advantages, args, keep)
-    assert masked.indices == keep.nonzero().flatten().tolist()
+    rewards, ended = torch.randn(8), torch.tensor([1, 0, 1, 1, 0, 1, 1, 1]).bool()
+    args = grpo.Args(samples_per_prompt=2, mask_truncated=True)
+    masked = grpo.collect(model, replace(rollout, ended=ended), [], rewards, args)
+    assert torch.equal(masked.advantages, group_advantages(rewards, 2))  # still in their group
+    assert masked.indices == ended.nonzero().flatten().tolist()
     _, flat = gradient(model, masked, args)
-    fewer = torch.where(keep, advantages, 0.0) * 8 / 6  # the mean is over six completions
+    fewer = torch.where(ended, masked.advantages, 0.0) * 8 / 6  # the mean is over six completions
     _, expected = gradient(model, experience_of(rollout, fewer, args), args)
     torch.testing.assert_close(flat, expected, rtol=1e-4, atol=1e-6)
 

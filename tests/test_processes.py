@@ -19,7 +19,10 @@ from conftest import ROOT
 from processes import FLAGS, prepare
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-LONG = {"max_steps": 20, "save_every": 2, "eval_every": 100}
+LONG = {
+    "sft": {"max_steps": 20, "save_every": 2, "eval_every": 100},
+    "ppo_rlhf": {"max_steps": 4, "save_every": 1, "critic_warmup": 2, "lora_rank": 4},
+}
 
 
 def torchrun(directory, **runs):
@@ -104,12 +107,13 @@ def test_two_processes_are_one(name, places):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     directory = prepare(tmp_path_factory.mktemp("uninterrupted"))
-    processes.run("sft", directory, **LONG)
+    for name, flags in LONG.items():
+        processes.run(name, directory, **flags)
     return directory
 
 
 def test_a_killed_process_ends_the_job_and_one_process_continues(tmp_path, uninterrupted):
-    process = torchrun(prepare(tmp_path), sft=LONG)
+    process = torchrun(prepare(tmp_path), sft=LONG["sft"])
     while not (tmp_path / "sft" / "checkpoint" / "state.pt").exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.01)
@@ -117,11 +121,15 @@ def test_a_killed_process_ends_the_job_and_one_process_continues(tmp_path, unint
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert not (tmp_path / "sft" / "results.json").exists()
-    processes.run("sft", tmp_path, resume=True, **LONG)
+    processes.run("sft", tmp_path, resume=True, **LONG["sft"])
     assert_equal_runs(uninterrupted / "sft", tmp_path / "sft")
 
 
-def test_two_replicas_continue_where_one_process_stopped(tmp_path, uninterrupted, monkeypatch):
+@pytest.mark.parametrize("name, replicas", [("sft", 2), ("ppo_rlhf", 1)])
+def test_two_processes_continue_where_one_stopped(
+    name, replicas, tmp_path, uninterrupted, monkeypatch
+):
+    """PPO stops while only the critic has learnt: the policy's optimizer knows nothing yet."""
     save_checkpoint = harness.Run.save_checkpoint
 
     def save_and_stop(*state):
@@ -131,9 +139,10 @@ def test_two_replicas_continue_where_one_process_stopped(tmp_path, uninterrupted
     with monkeypatch.context() as patch:
         patch.setattr(harness.Run, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            processes.run("sft", prepare(tmp_path), **LONG)
-    two_processes(tmp_path, sft=LONG | {"resume": True, "replicas": 2})
-    assert_equal_runs(uninterrupted / "sft", tmp_path / "sft")
+            processes.run(name, prepare(tmp_path), **LONG[name])
+    two_processes(tmp_path, **{name: LONG[name] | {"resume": True, "replicas": replicas}})
+    assert_equal_runs(uninterrupted / name, tmp_path / name)
+
 
 
 def test_a_mistake_is_printed_once(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
 from common import (
-    adapters_of, add_adapters, encode, encode_prompt, encode_row, generate, load_model,
+    adapters_of, encode, encode_prompt, encode_row, generate, load_model, load_policy,
     load_tokenizer, make_row, pad_rows, sequence_logprobs, token_logprobs
 )
 from conftest import ROOT
@@ -178,8 +178,8 @@ def test_with_adapters_the_reference_is_the_policy_without_them(tmp_path):
     saved_language(tmp_path, 1)
     tokenizer, reference = load_tokenizer(str(tmp_path)), load_model(str(tmp_path))
     batch = [(Example(prompt="a"), make_row([0, 3, 2], [4, 5, 1]))]
-    policy, args = load_model(str(tmp_path)), Args(beta=0.3)
-    add_adapters(policy, 2, 2.0)
+    args = Args(model=str(tmp_path), beta=0.3, lora_rank=2, device="cpu")
+    policy = load_policy(args)
     for adapter in adapters_of(policy).values():
         torch.nn.init.normal_(adapter.lora_B)
     found = add_gradients(policy, policy, tokenizer, batch, args)

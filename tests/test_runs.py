@@ -233,7 +233,7 @@ WRONG_FLAGS = [  # that tyro finds, and prints in a frame
     ("dpo", ["--bta", "1"], "--bta"),
     ("dpo", ["--beta", "strong"], "strong"),
     ("dpo", ["--seed", "lucky"], "lucky"),
-    ("dpo", ["--loss-type", "hinge"], "hinge"),
+    ("dpo", ["--loss-type", "kto"], "kto"),
     ("sft", ["--dtype", "int8"], "int8"),
 ]
 WRONG_NUMBERS = [
