@@ -184,11 +184,11 @@ def save_model(model, tokenizer, directory, dtype="float32", start=None) -> None
             moved = sum(int((x != y).sum()) for x, y in pairs)
             kept = sum(int((x.bfloat16() != y.bfloat16()).sum()) for x, y in pairs)
             print(f"--save-dtype bfloat16: {1 - kept / max(1, moved):.1%} of the updates are lost")
+        state = {name: x.to(getattr(torch, dtype)) for name, x in state.items()}
         first = {}  # tied weights stay one tensor, which is written once
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in state:
                 state[name] = state[first.setdefault(id(parameter), name)]
-        state = {name: x.to(getattr(torch, dtype)) for name, x in state.items()}
         model.save_pretrained(directory, state_dict=state)
         model.config.dtype = getattr(torch, dtype)  # not the dtype of the model in memory
         model.config.save_pretrained(directory)
@@ -305,7 +305,8 @@ def prepare_for_training(model, args):
     if args.lora_rank:
         device = pick_device(args.device).type
         dtype = AUTOCAST[device] if device == "cuda" else None
-        add_adapters(model, args.lora_rank, args.lora_alpha or args.lora_rank, dtype or torch.float32)
+        alpha = args.lora_alpha or args.lora_rank
+        add_adapters(model, args.lora_rank, alpha, dtype or torch.float32)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only

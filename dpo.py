@@ -58,12 +58,6 @@ class Args(TrainArgs):
     """Hub id or directory of the model to start from, which is also the reference"""
     dataset: str = str(ASSETS / "data" / "comparisons.jsonl")
     """comparisons: Hub id, id:config, or a .jsonl, .json, .csv or .parquet file or directory"""
-    split: str = "train"
-    """split of --dataset, or a part of it such as train[:1000]"""
-    eval_dataset: str | None = None
-    """held-out comparisons; default: those of a tenth of the prompts, at most 500"""
-    eval_split: str = "test"
-    """split of --eval-dataset"""
     reward_fn: str | None = None
     """FILE.py:function that judges completions in evaluations; embedded data: the true reward"""
     reward_model: str | None = None
@@ -92,8 +86,6 @@ class Args(TrainArgs):
     """temperature of the completions in evaluations, and of all log-probabilities"""
     eval_every: Count = 50
     """updates between held-out evaluations"""
-    eval_prompts: Count = 500
-    """held-out comparisons and prompts per evaluation"""
     output_dir: str = "runs/dpo"
 
 

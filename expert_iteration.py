@@ -53,14 +53,8 @@ class Args(TrainArgs):
     """Hub id or directory of the model to start from, which is also the reference"""
     dataset: str = str(ASSETS / "data" / "review_prompts.jsonl")
     """prompts: Hub id, id:config, or a .jsonl, .json, .csv or .parquet file or directory"""
-    split: str = "train"
-    """split of --dataset, or a part of it such as train[:1000]"""
     prompt_column: str = "prompt"
     """column with the prompts"""
-    eval_dataset: str | None = None
-    """held-out prompts; default: a tenth of the prompts, at most 500"""
-    eval_split: str = "test"
-    """split of --eval-dataset"""
     reward_model: str | None = None
     """sequence-classification model with one label that chooses; embedded data: tiny-rm"""
     reward_fn: str | None = None
@@ -83,8 +77,6 @@ class Args(TrainArgs):
     """tokens per completion"""
     temperature: Positive = 1.0
     """temperature of the completions, and of all log-probabilities"""
-    eval_prompts: Count = 500
-    """held-out prompts per evaluation, one after each round"""
     save_every: Count = 20
     """updates between checkpoints"""
     output_dir: str = "runs/expert_iteration"

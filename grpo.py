@@ -73,14 +73,8 @@ class Args(TrainArgs):
     """Hub id or directory of the model to start from, which is also the reference"""
     dataset: str = str(ASSETS / "data" / "sum_prompts.jsonl")
     """prompts: Hub id, id:config, or a .jsonl, .json, .csv or .parquet file or directory"""
-    split: str = "train"
-    """split of --dataset, or a part of it such as train[:1000]"""
     prompt_column: str = "prompt"
     """column with the prompts"""
-    eval_dataset: str | None = None
-    """held-out prompts; default: a tenth of the prompts, at most 500"""
-    eval_split: str = "test"
-    """split of --eval-dataset"""
     reward_fn: list[str] = field(default_factory=list)
     """FILE.py:function, one or several; embedded data: whether the sum is correct"""
     reward_weights: list[float] = field(default_factory=list)
@@ -125,8 +119,6 @@ class Args(TrainArgs):
     """temperature of the completions, and of all log-probabilities"""
     eval_every: Count = 100
     """rollouts between held-out evaluations"""
-    eval_prompts: Count = 500
-    """held-out prompts per evaluation"""
     eval_samples: Count = 8
     """k of pass@k: further completions of each held-out prompt"""
     output_dir: str = "runs/grpo"

@@ -82,6 +82,14 @@ class RunArgs:
 class TrainArgs(RunArgs):
     """What is the same in every script that trains."""
 
+    split: str = "train"
+    """split of --dataset, or a part of it such as train[:1000]"""
+    eval_dataset: str | None = None
+    """held-out data of the same kind; default: a tenth of the prompts of --dataset, at most 500"""
+    eval_split: str = "test"
+    """split of --eval-dataset"""
+    eval_prompts: Count = 500
+    """held-out prompts (comparisons, demonstrations) per evaluation"""
     max_steps: Count | None = None
     """number of steps, whatever --epochs says"""
     max_grad_norm: Positive = 1.0
@@ -139,7 +147,8 @@ def run_script(main, args_class) -> None:
         message = "interrupted: --resume continues from the last checkpoint"
     except (UserError, OSError, MemoryError, RuntimeError, safetensors.SafetensorError) as error:
         message = explain(error)
-        if message is None:
+        lost = store and store.add("mistakes", 0)  # another process has ended, and said why
+        if message is None and not lost:
             raise
     if store is None or store.add("mistakes", 1) == 1:  # of many processes, the first to see it
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)

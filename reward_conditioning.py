@@ -74,14 +74,8 @@ class Args(TrainArgs):
     """quark: quantiles of the reward of own completions; binary: chosen and rejected"""
     dataset: str | None = None
     """prompts (binary: comparisons): Hub id, id:config, or file or directory"""
-    split: str = "train"
-    """split of --dataset, or a part of it such as train[:1000]"""
     prompt_column: str = "prompt"
     """column with the prompts"""
-    eval_dataset: str | None = None
-    """held-out data of the same kind; default: a tenth of the prompts, at most 500"""
-    eval_split: str = "test"
-    """split of --eval-dataset"""
     reward_model: str | None = None
     """sequence-classification model with one label: quark's reward"""
     reward_fn: str | None = None
@@ -112,8 +106,6 @@ class Args(TrainArgs):
     """temperature of the completions, and of all log-probabilities"""
     eval_every: Count = 50
     """binary: updates between held-out evaluations; quark's are after each round"""
-    eval_prompts: Count = 500
-    """held-out prompts per evaluation"""
     output_dir: str = "runs/reward_conditioning"
 
 

@@ -66,12 +66,6 @@ class Args(TrainArgs):
     """Hub id or directory of the model to start from; it gets a new head"""
     dataset: str = str(ASSETS / "data" / "comparisons.jsonl")
     """judgements: Hub id, id:config, or a .jsonl, .json, .csv or .parquet file or directory"""
-    split: str = "train"
-    """split of --dataset, or a part of it such as train[:1000]"""
-    eval_dataset: str | None = None
-    """held-out judgements; default: those of a tenth of the prompts, at most 500"""
-    eval_split: str = "test"
-    """split of --eval-dataset"""
     reward_fn: str | None = None
     """FILE.py:function, the true reward if there is one: for the Bayes ceiling and the rank
     correlation; embedded data: how much a review praises"""

@@ -40,12 +40,6 @@ class Args(TrainArgs):
     """Hub id or directory of the model to start from"""
     dataset: str = str(ASSETS / "data" / "demonstrations.jsonl")
     """demonstrations: Hub id, id:config, or a .jsonl, .json, .csv or .parquet file or directory"""
-    split: str = "train"
-    """split of --dataset, or a part of it such as train[:1000]"""
-    eval_dataset: str | None = None
-    """held-out demonstrations; default: those of a tenth of the prompts, at most 500"""
-    eval_split: str = "test"
-    """split of --eval-dataset"""
     completion_column: str = "completion"
     """column with the completions of `prompt`"""
     train_on_prompt: bool = False
@@ -62,8 +56,6 @@ class Args(TrainArgs):
     """temperature of the completions in evaluations"""
     eval_every: Count = 50
     """updates between held-out evaluations"""
-    eval_prompts: Count = 500
-    """held-out demonstrations per evaluation"""
     output_dir: str = "runs/sft"
 
 

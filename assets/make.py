@@ -279,8 +279,8 @@ def run(script: str, directory: Path) -> None:
 
 
 def make_samples() -> None:
-    """Judgements of tiny-sft's samples. The judge draws from Bradley-Terry, and from Plackett-Luce
-    for rankings."""
+    """Judgements of tiny-sft's samples, drawn from Bradley-Terry (rankings: Plackett-Luce)."""
+
     import torch
     from common import generate, load_model, load_tokenizer
 
@@ -317,9 +317,8 @@ def make_samples() -> None:
         write(f"comparisons{name}.jsonl", pairs)
         write(f"rankings{name}.jsonl", [{"prompt": p, "responses": texts} for p, texts in fours])
 
-    train = [p for p, _ in world["prompts"][3000:]]
     heldout = [p for p, _ in world["prompts_heldout"]]
-    write_judged("", train)
+    write_judged("", [p for p, _ in world["prompts"][3000:]])
     write_judged("_heldout", heldout)
 
     # An arena: one review of the same film by two players, and a judge who cannot always decide
@@ -329,8 +328,8 @@ def make_samples() -> None:
         for name in ("tiny-base", "tiny-sft")
         for t in (0.5, 0.7, 1.0, 1.3)
     }
-    genre_of = dict(world["prompts_heldout"])
-    players["human"] = [review(rng, genre_of[p]) for p in heldout[:500]]
+    players["human"] = [review(rng, genre) for _, genre in world["prompts_heldout"][:500]]
+
     battles = []
     for _ in range(4000):
         (a, b), n = rng.sample(list(players), 2), rng.randrange(500)

@@ -119,6 +119,11 @@ def with_adam(world, objective, start=None, steps=500, updates=1, peak=0.1) -> t
 
 def with_lbfgs(world, objective, start=None, steps=500) -> torch.Tensor:
     """Minimise objective(logps), which needs no samples of the policy -> the policy [P, N]."""
+    return minimise(world, lambda table: objective(world.token_logps(table)), start, steps)
+
+
+def minimise(world, objective, start, steps) -> torch.Tensor:
+    """Minimise objective(table) -> the policy [P, N]."""
     table = (world.ref_table if start is None else start).clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [table], max_iter=steps, tolerance_grad=1e-12, tolerance_change=1e-16, history_size=30,
@@ -127,7 +132,7 @@ def with_lbfgs(world, objective, start=None, steps=500) -> torch.Tensor:
 
     def closure():
         optimizer.zero_grad()
-        loss = objective(world.token_logps(table))
+        loss = objective(table)
         loss.backward()
         return loss
 
@@ -139,21 +144,23 @@ def with_lbfgs(world, objective, start=None, steps=500) -> torch.Tensor:
 
 
 @lru_cache
-def companies(levels: int, others: int):
-    """All multisets of the others in a group -> indices [M, G - 1], in how many orders each."""
-    indices = torch.combinations(torch.arange(levels), others, with_replacement=True)
-    counts = torch.nn.functional.one_hot(indices, levels).sum(1)
-    orders = math.lgamma(others + 1) - torch.lgamma(counts + 1.0).sum(1)
-    return indices, orders.double().exp()
+def groups_of(values: tuple, size: int, scale: bool, baseline: str):
+    """All groups that a completion with one of these L rewards can be in -> its advantages [L, M],
+    the rewards of the others as indices [M, G - 1], and in how many orders these come [M]."""
+    levels = len(values)
+    others = torch.combinations(torch.arange(levels), size - 1, with_replacement=True)
+    counts = torch.nn.functional.one_hot(others, levels).sum(1)
+    orders = (math.lgamma(size) - torch.lgamma(counts + 1.0).sum(1)).double().exp()
+    first = torch.arange(levels)[:, None, None].expand(-1, len(others), 1)
+    groups = torch.cat([first, others.expand(levels, -1, -1)], 2)  # [L, M, G]
+    rewards = torch.tensor(values, dtype=torch.float64)[groups].flatten()
+    advantages = group_advantages(rewards, size, scale, baseline).view(groups.shape)
+    return advantages[..., 0], others, orders
 
 
-def mean_advantages(values, probabilities, size, scale, baseline):
+def mean_advantages(values, probabilities, *settings):
     """Over the rest of a group: rewards [L], with probabilities [P, L] -> [P, L]."""
-    others, orders = companies(len(values), size - 1)
-    first = torch.arange(len(values))[:, None, None].expand(-1, len(others), 1)
-    groups = torch.cat([first, others.expand(len(values), -1, -1)], 2)  # [L, M, G]
-    advantages = group_advantages(values[groups].flatten(), size, scale, baseline)
-    advantages = advantages.view(groups.shape)[..., 0]
+    advantages, others, orders = groups_of(tuple(values.tolist()), *settings)
     return (orders * probabilities[:, others].prod(2)) @ advantages.T
 
 
@@ -182,7 +189,7 @@ GRPO = dict(baseline="leave-one-out", scale=False, group_size=None, loss_type="g
             ratio="sequence", kl="reward", kl_correction=False)
 
 
-def grpo(world, beta, start=None, steps=500, updates=1, **changes) -> torch.Tensor:
+def grpo(world, beta, start=None, steps=1500, updates=1, **changes) -> torch.Tensor:
     variant = GRPO | changes
     names = ("loss_type", "ratio", "kl", "kl_correction")
     settings = {name: variant[name] for name in names}
@@ -209,7 +216,7 @@ def grpo(world, beta, start=None, steps=500, updates=1, **changes) -> torch.Tens
 # --- PPO ---
 
 
-def ppo(world, beta, start=None, steps=500, lam=0.95, scale=False, updates=4) -> torch.Tensor:
+def ppo(world, beta, start=None, steps=1500, lam=0.95, scale=False, updates=4) -> torch.Tensor:
     """With a critic that knows the value of every prefix."""
     mask = world.mask.repeat(len(world.ref), 1)
 
@@ -240,7 +247,7 @@ def label_probabilities(world, flipped=0.0):
     return p * (1 - flipped) + (1 - p) * flipped
 
 
-def dpo(world, beta, start=None, steps=500, flipped=0.0, per_token=False, uniform=False,
+def dpo(world, beta, start=None, steps=1000, flipped=0.0, per_token=False, uniform=False,
         **settings) -> torch.Tensor:
     """All pairs of completions, drawn from pi_ref (or each as often)."""
     i, j = torch.triu_indices(world.ref.shape[1], world.ref.shape[1], 1)
@@ -260,7 +267,7 @@ def dpo(world, beta, start=None, steps=500, flipped=0.0, per_token=False, unifor
         return (weight * (p * one_side(logps, i, j) + (1 - p) * one_side(logps, j, i))).sum()
 
     if settings.get("loss_type") == "hinge":  # has corners
-        return with_adam(world, objective, start, 2 * steps)
+        return with_adam(world, objective, start, 3 * steps)
     return with_lbfgs(world, objective, start, steps)
 
 
@@ -309,15 +316,16 @@ def expert_iteration(world, beta, rounds=1, start=None, steps=500) -> torch.Tens
 def quark(world, beta, rounds=1, quantiles=5, start=None, steps=500) -> torch.Tensor:
     """The policy behind the best label; every round adds its completions to the pool."""
     prompts, number = world.ref.shape
-    pool = torch.zeros(prompts, number, dtype=torch.long)
-    policy, table = world.ref.exp(), world.ref_table if start is None else start
+    generator, pool = torch.Generator().manual_seed(0), torch.zeros_like(world.level)
+    policy = world.ref.exp()
     for _ in range(rounds):
         pool += world.counts(policy)
         which = torch.arange(prompts * number).repeat_interleave(pool.flatten())
+        which = which[torch.randperm(len(which), generator=generator)]  # who of equals is best
         labels = quantile_labels(world.rewards.flatten()[which], quantiles)
         best = torch.bincount(which[labels == quantiles], minlength=prompts * number)
         best = best.view(prompts, number).double() / len(which)
-        policy = fit_by_conditioning(world, best, beta, table, steps)
+        policy = fit_by_conditioning(world, best, beta, start, steps)
     return policy
 
 
@@ -326,24 +334,17 @@ def fit_by_conditioning(world, weights, beta, start, steps) -> torch.Tensor:
     weights = world.per_prefix(weights[:, :, None].expand_as(world.ref_logps)).flatten()
     tokens = world.ref_table.shape[2]
     ref = world.ref_table.log_softmax(-1).flatten(0, 1).repeat_interleave(tokens, 0)
-    targets = torch.arange(tokens).repeat(len(ref) // tokens)
+    targets, some = torch.arange(tokens).repeat(len(ref) // tokens), weights > 0
 
     def one(logps, ref_logps, target):
         return conditioning_loss(logps[None], ref_logps[None], target[None], beta)[0]
 
-    table = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([table], max_iter=steps, line_search_fn="strong_wolfe",
-                                  tolerance_grad=1e-12, tolerance_change=1e-16)
-
-    def closure():
-        optimizer.zero_grad()
+    def objective(table):
         logps = table.log_softmax(-1).flatten(0, 1).repeat_interleave(tokens, 0)
-        loss = (weights * torch.vmap(one)(logps, ref, targets)).sum()
-        loss.backward()
-        return loss
+        losses = [one(*row) for row in zip(logps[some], ref[some], targets[some])]
+        return (weights[some] * torch.stack(losses)).sum()
 
-    optimizer.step(closure)
-    return world.token_logps(table.detach()).sum(2).exp()
+    return minimise(world, objective, start, min(steps, 40))
 
 
 # --- the points that theory names, computed apart ---
@@ -388,24 +389,24 @@ def optimum_of_advantages(world, beta, policy, **changes):
 
 def reverse_k3(world, beta, policy=None):
     """beta pi_ref / (beta + m - r), with m = E[r] where the sum is 1."""
-    best = world.rewards.max(1, keepdim=True).values
+    best = world.rewards.amax(1, keepdim=True)
+
     def excess(m):
         return (beta * world.ref.exp() / (beta + m - world.rewards)).sum(1, keepdim=True) - 1
-    m = solve(excess, best - beta + 1e-12, best + 0.0)
+
+    m = solve(excess, best - beta + 1e-12, best)
     return beta * world.ref.exp() / (beta + m - world.rewards)
 
 
 def squared_log_ratio(world, beta, policy):
     """The optimum of E[r] - beta / 2 E[log(pi / pi_ref)^2]: with l the log-ratio, r - beta (l^2 / 2
-    + l) is the same for all completions, and those whose reward is too low for that are left out."""
-    mean = (policy * (world.rewards - 0.5 * beta * (policy.log() - world.ref) ** 2))
-    log_ratio = (policy.clamp(min=1e-300).log() - world.ref)
-    alive = log_ratio > -1
+    + l) is the same for all completions but those with l < -1, which were given up."""
+    log_ratio = policy.clamp(min=1e-300).log() - world.ref
+    kept = log_ratio > -1
     values = world.rewards - beta * (0.5 * log_ratio**2 + log_ratio)
-    mean = (policy * values * alive).sum(1, keepdim=True) / (policy * alive).sum(1, keepdim=True)
-    inside = 1 + 2 * (world.rewards - mean) / beta
-    root = world.ref.exp() * torch.exp(inside.clamp(min=0).sqrt() - 1)
-    return torch.where(inside >= 0, root, 0.0)
+    mean = (policy * values * kept).sum(1, keepdim=True) / (policy * kept).sum(1, keepdim=True)
+    root = (1 + 2 * (world.rewards - mean) / beta).clamp(min=0).sqrt()
+    return torch.where(kept, world.ref.exp() * torch.exp(root - 1), 0.0)
 
 
 def step_by_step(world, beta, policy=None, k3=False):
@@ -420,7 +421,7 @@ def step_by_step(world, beta, policy=None, k3=False):
             continue
         best = q.amax(2, keepdim=True)
         m = solve(lambda m: (beta * ref.exp() / (beta + m - q)).sum(2, keepdim=True) - 1,
-                  best - beta + 1e-12, best + 0.0)
+                  best - beta + 1e-12, best)
         table = (beta * ref.exp() / (beta + m - q)).log()
     return world.token_logps(table).sum(2).exp()
 
@@ -484,7 +485,7 @@ def best_of_law(world, beta, policy=None, n=4, start=None):
     ref = world.ref.exp() if start is None else start
     at_most = (ref[:, None, :] * (world.rewards[:, None, :] <= world.rewards[:, :, None])).sum(2)
     below = (ref[:, None, :] * (world.rewards[:, None, :] < world.rewards[:, :, None])).sum(2)
-    return ref * (at_most**n - below**n) / (at_most - below)
+    return ref * sum(at_most**k * below ** (n - 1 - k) for k in range(n))  # (1), divided out
 
 
 def expert_law(world, beta, policy=None, rounds=1):
@@ -498,18 +499,22 @@ def expert_law(world, beta, policy=None, rounds=1):
     return law
 
 
-def best_label_law(world, beta, policy=None, quantiles=5):
-    """At every prefix the mean of the best fifth of pi_ref's completions and, beta times, of
-    pi_ref. The best fifth is that of all prompts together."""
-    weights, rewards = world.ref.exp() / len(world.ref), world.rewards
-    at_least = torch.stack([(weights * (rewards >= r)).sum() for r in rewards.flatten()])
-    above = torch.stack([(weights * (rewards > r)).sum() for r in rewards.flatten()])
-    share = ((1 / quantiles - above) / (at_least - above)).clamp(0, 1).view_as(weights)
-    best = world.per_prefix((weights * share)[:, :, None].expand_as(world.ref_logps))
-    visits = best.sum(2, keepdim=True)
-    ref = world.ref_table.softmax(-1)
-    table = torch.where(visits > 0, (best / visits + beta * ref) / (1 + beta), ref).log()
-    return world.token_logps(table).sum(2).exp()
+def best_label_law(world, beta, policy=None, quantiles=5, rounds=1):
+    """At every prefix the mean of the best fifth of the pool and, beta times, of pi_ref; pi_ref
+    where none of the best fifth comes by. The fifth is that of all prompts together."""
+    ref, rewards, pool = world.ref_table.softmax(-1), world.rewards, 0.0
+    law = world.ref.exp()
+    for _ in range(rounds):
+        pool = pool + law
+        weights = pool / pool.sum()
+        at_least = torch.stack([(weights * (rewards >= r)).sum() for r in rewards.flatten()])
+        above = torch.stack([(weights * (rewards > r)).sum() for r in rewards.flatten()])
+        share = ((1 / quantiles - above) / (at_least - above)).clamp(0, 1).view_as(weights)
+        best = world.per_prefix((weights * share)[:, :, None].expand_as(world.ref_logps))
+        visits = best.sum(2, keepdim=True)
+        mixed = (best / visits.clamp(min=1e-300) + beta * ref) / (1 + beta)
+        law = world.token_logps(torch.where(visits > 0, mixed, ref).log()).sum(2).exp()
+    return law
 
 
 # --- the atlas ---
@@ -545,8 +550,8 @@ MYOPIC = "step by step: exp(Q / beta)"
 ROWS = [
     Row("PPO", "lambda 0.95", ppo, "pi*"),
     Row("PPO", "lambda 1, advantages whitened", partial(ppo, lam=1.0, scale=True), "pi*"),
-    g("RLOO: others' mean, KL in reward", method="RLOO"),
-    g("REINFORCE++: batch, KL in reward", method="REINFORCE++", ratio="token", loss_type="dapo",
+    g("others' mean, KL in reward", method="RLOO"),
+    g("mean of the batch, deviation, KL in reward", method="REINFORCE++", ratio="token", loss_type="dapo",
       baseline="batch", scale=True),
     g("KL in reward, deviation, token", **SCALED, ratio="token"),
     g("KL in reward, deviation, token, groups of 2", **SCALED, ratio="token", group_size=2),
@@ -606,7 +611,8 @@ ROWS = [
     Row("expert iteration", "best of 2, 3 rounds", partial(expert_iteration, rounds=3),
         "best of 2 of unequal pairs, thrice", partial(expert_law, rounds=3)),
     Row("Quark", "1 round", quark, "best fifth and pi_ref, per token", best_label_law),
-    Row("Quark", "6 rounds", partial(quark, rounds=6), OWN, None),
+    Row("Quark", "6 rounds", partial(quark, rounds=6), "the same of six rounds' pool",
+        partial(best_label_law, rounds=6)),
     Row("SFT on chosen", "", sft_on_chosen, "2 pi_ref p(y > pi_ref)", chosen_law),
 ]
 
@@ -666,14 +672,7 @@ def one(job) -> dict:
     return result | {"seconds": time.time() - began}
 
 
-def main() -> None:
-    began, world = time.time(), World()
-    jobs = [(index, beta) for index in range(len(ROWS)) for beta in BETAS]
-    with ProcessPoolExecutor(2) as pool:
-        rows = list(pool.map(one, jobs))
-    print_table([["method", "variant", "beta", "tv", "KL to pi*", "reward", "KL", "share", "length",
-                  "lands on", "tv to it"], *map(as_text, rows)])
-    print(f"{len(rows)} rows in {time.time() - began:.0f} s")
+# --- table and figure ---
 
 
 def as_text(row: dict) -> list[str]:
@@ -681,6 +680,73 @@ def as_text(row: dict) -> list[str]:
     return [row["method"], row["variant"], f"{row['beta']}", f"{row['tv']:.4f}",
             f"{row['kl_to_optimum']:.4f}", f"{row['reward']:.3f}", f"{row['kl']:.3f}",
             f"{row['share_of_optimum']:.1%}", f"{row['mean_length']:.2f}", row["lands_on"], named]
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table of docs/results.md: one line for each variant, both betas in it."""
+    small, large = BETAS
+    lines = [f"| method | variant | lands on | tv, β = {small} | tv, β = {large} | "
+             f"share, β = {small} | share, β = {large} | length, β = {small} |",
+             "|---|---|---|---|---|---|---|---|"]
+    for first, second in zip(rows[0::2], rows[1::2]):
+        numbers = [f"{row['tv']:.3f}" for row in (first, second)]
+        numbers += [f"{row['share_of_optimum']:.1%}" for row in (first, second)]
+        cells = [first["method"], first["variant"], first["lands_on"], *numbers,
+                 f"{first['mean_length']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], curve: list, path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.6))
+    colors = {method: f"C{i}" if i < 10 else "black"
+              for i, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
+    for axis, beta in zip(axes, BETAS):
+        own = [row for row in rows if row["beta"] == beta]
+        axis.plot([kl for kl, _ in curve], [reward for _, reward in curve], color="black", lw=1,
+                  label="no policy can be above")
+        seen = set()
+        for row in own:
+            exact = row["lands_on"] == "pi*"
+            axis.plot(row["kl"], row["reward"], "*" if exact else "o", ms=15 if exact else 5,
+                      color="gold" if exact else colors[row["method"]], mec="black", mew=0.4)
+            place = round(row["kl"], 1), round(row["reward"], 1)
+            if not exact and place not in seen:
+                seen.add(place)
+                axis.annotate(f"{row['method']} {row['variant']}", (row["kl"], row["reward"]),
+                              xytext=(4, -7), textcoords="offset points", fontsize=6)
+        landed = sum(row["lands_on"] == "pi*" for row in own)
+        axis.plot([], [], "*", ms=12, color="gold", mec="black",
+                  label=f"π*: {landed} of {len(own)} variants land here")
+        axis.set(title=f"β = {beta}", xlabel="KL to the reference, nats", ylabel="reward",
+                 xlim=(0, 1.15 * max(row["kl"] for row in own)))
+        axis.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    began, world = time.time(), World()
+    jobs = [(index, beta) for index in range(len(ROWS)) for beta in BETAS]
+    with ProcessPoolExecutor(2) as pool:
+        rows = list(pool.map(one, jobs))
+    print_table([["method", "variant", "beta", "tv", "KL to pi*", "reward", "KL", "share", "length",
+                  "lands on", "tv to it"], *map(as_text, rows)])
+    betas = torch.logspace(-1.3, 2, 200, dtype=torch.float64).tolist()
+    points = [reward_and_kl(world, optimum(world, beta)) for beta in betas]
+    curve = [(kl, reward) for reward, kl in points]
+    saved = {"betas": BETAS, "flipped": FLIPPED, "rows": rows, "curve": curve,
+             "seconds": round(time.time() - began)}
+    (RESULTS / "fixed_points.json").write_text(json.dumps(saved, indent=1) + "\n")
+    print(f"{len(rows)} rows in {saved['seconds']} s, saved to {RESULTS / 'fixed_points.json'}")
+    try:
+        draw(rows, curve, RESULTS / "fixed_points.png")
+    except ModuleNotFoundError:
+        print("no figure: pip install -r experiments/requirements.txt")
 
 
 if __name__ == "__main__":
