@@ -16,16 +16,14 @@ cancels. What is left is the maximum-likelihood loss of a policy, equation (7):
 
     python dpo.py                     # tiny-sft, 4,000 noisy comparisons: reward 0.0 -> 3.0
     python dpo.py --beta 1.0          # closer to the reference
-    python dpo.py --loss-type ipo
-    python dpo.py --loss-type robust --label-smoothing 0.1
+    python dpo.py --loss-type ipo     # or hinge, simpo, robust with --label-smoothing 0.1
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \\
         --learning-rate 1e-6
 
 Deviations from the paper's code: the learning rate decays linearly after the warm-up (theirs
 stays), and AdamW instead of RMSprop. The reference's log-probabilities are computed once, before
 training. IPO takes log-probabilities of whole completions, as its paper does; TRL's divides them
-by their length: `--length-normalized`. Where each loss converges, dpo_loss() says, and
-`experiments/fixed_points.py` shows by enumeration.
+by their length: `--length-normalized`. dpo_loss() says where each loss converges.
 
 Data: `prompt` + `chosen` + `rejected`, or `chosen` + `rejected` that begin with their prompt;
 texts or lists of messages.
@@ -141,10 +139,8 @@ def dpo_loss(
     All log-probabilities are those of whole completions, log pi(y | x) in nats, [B]. Returns
     (losses, chosen_rewards, rejected_rewards), each [B]; the rewards are the implicit ones of
     equation (5), without beta log Z(x) and without gradient. lengths: tokens of the chosen and of
-    the rejected completions, ([B], [B]), that log-probabilities are divided by.
-
-    h is the log-ratio of the chosen completion - that of the rejected one, eps label_smoothing, and
-    behind the arrow stands the fixed point, where pairs are drawn from pi_ref:
+    the rejected completions, ([B], [B]), to divide by. h is the log-ratio of the chosen completion
+    - that of the rejected one, eps label_smoothing. -> the fixed point, for pairs of pi_ref's:
 
     sigmoid  -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)  -> pi* for eps = 0, the DPO
              paper. Conservative DPO (Mitchell 2023) corrects no flipped labels: it lands where
@@ -153,8 +149,8 @@ def dpo_loss(
              share eps is flipped: Chowdhury et al. (2024)
     ipo      (h - 1 / (2 beta))^2: Azar et al. (2023), equation (17)  -> pi* of another reward, the
              probability that y beats a completion of pi_ref
-    hinge    max(0, 1 - beta h): SLiC (Zhao et al. 2023), on log-ratios  -> pi_ref exp(u / beta) / Z,
-             u whole numbers that rise with the reward like a staircase
+    hinge    max(0, 1 - beta h): SLiC (Zhao et al. 2023), on log-ratios  -> pi_ref exp(u / beta)
+             / Z, u whole numbers that rise with the reward like a staircase
     simpo    -log sigma(beta h - target_margin) per token, without reference: Meng et al. (2024),
              equation (6)  -> exp(tokens (r + c) / beta), for target_margin 0
     lengths  with sigmoid  -> pi_ref exp(tokens (r + c) / beta)
@@ -171,8 +167,8 @@ def dpo_loss(
     if loss_type == "sigmoid":
         losses = (1 - label_smoothing) * right + label_smoothing * wrong
     elif loss_type == "robust":
-        losses = (1 - label_smoothing) * right - label_smoothing * wrong
-        losses = losses / (1 - 2 * label_smoothing)
+        unbiased = (1 - label_smoothing) * right - label_smoothing * wrong
+        losses = unbiased / (1 - 2 * label_smoothing)
     elif loss_type == "ipo":
         losses = (margin - 1 / (2 * beta)) ** 2
     elif loss_type == "hinge":

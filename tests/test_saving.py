@@ -171,8 +171,7 @@ def test_every_training_script_takes_adapters(script, more, tmp_path):
     """Step 0 is exactly the base, the adapters learn, and --resume continues with them."""
     quick = ["--max-steps", 2, "--batch-size", 4, "--save-every", 1, "--eval-prompts", 4, "--lora-rank", 4,
              "--learning-rate", 1e-3, *more]
-    if script != "reward_model":
-        quick += ["--max-new-tokens", 4]
+    quick += ["--split", "train[:40]"] if script == "reward_model" else ["--max-new-tokens", 4]
     status, _, errors = run(script, *quick, "--output-dir", tmp_path)
     assert status == 0, errors
     rows = metrics_of(tmp_path)

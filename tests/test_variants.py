@@ -182,7 +182,8 @@ def test_k2_by_hand():
     no_gain = torch.zeros(12)
     loss = grpo_loss(LOGPS, OLD, REF, no_gain, MASK, beta=0.3, loss_type="dapo", kl="k2", **CLIP)
     tokens = [(LOGPS[i, t] - REF[i, t]).item() for i, t in MASK.nonzero().tolist()]
-    assert loss.item() == pytest.approx(0.3 * sum(x * x / 2 for x in tokens) / len(tokens), rel=1e-5)
+    mean = sum(x * x / 2 for x in tokens) / len(tokens)
+    assert loss.item() == pytest.approx(0.3 * mean, rel=1e-5)
     whole = grpo_loss(LOGPS, OLD, REF, no_gain, MASK, beta=0.3, ratio="sequence", kl="k2", **CLIP)
     sums = ((LOGPS - REF) * MASK).sum(1)
     assert whole.item() == pytest.approx(0.3 * (sums**2 / 2).mean().item(), rel=1e-5)
