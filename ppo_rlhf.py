@@ -279,6 +279,16 @@ def score_experience(networks, reference, rollout, plan, args: Args) -> Experien
     return Experience([], rollout.rows, mask, logps, ref_logps, values)
 
 
+def add_advantages(experience: Experience, scores, beta: float, args: Args) -> torch.Tensor:
+    """Scores [B] -> the rewards of tokens [B, T], and from them the advantages and returns."""
+    e = experience
+    rewards = kl_rewards(scores.to(e.mask.device), e.old_logps, e.ref_logps, e.mask, beta)
+    e.advantages, e.returns = gae(rewards, e.old_values, e.mask, args.gamma, args.lam)
+    if args.scale:
+        e.advantages = whiten(e.advantages, e.mask)
+    return rewards
+
+
 def add_gradients(policy, critic, experience: Experience, mini_batch, args: Args) -> dict:
     """Add the gradients of a mini-batch, by micro-batches -> what is logged. policy None: the
     critic's alone."""
@@ -415,8 +425,7 @@ def main(args: Args) -> None:
     held_out = HeldOut(eval_prompts, gold, reference, tokenizer)
     plan = batches(len(prompts), args.batch_size, args.epochs, args.max_steps, args.seed)
     print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {len(plan)} steps of "
-          f"{args.batch_size} completions, in the first {args.critic_warmup} of which only the "
-          "critic learns", flush=True)
+          f"{args.batch_size} completions", flush=True)
 
     groups = [{"params": list(network.parameters())} for network in networks.values()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -431,30 +440,26 @@ def main(args: Args) -> None:
         prompt_ids = [prompts[i][1] for i in plan[step]]
         rollout = generate(policy, tokenizer, prompt_ids, 1, args.max_new_tokens, args.temperature)
         times.append(time.perf_counter())
-        scores, mini_batches = proxy(examples, rollout.completions), update_plan(
-            rollout.rows, args, token_budget(policy))
+        scores = proxy(examples, rollout.completions)  # [B]
         truths = scores if gold is proxy else gold(examples, rollout.completions)
+        mini_batches = update_plan(rollout.rows, args, token_budget(policy))
         e = score_experience(networks, reference, rollout, mini_batches, args)
         e.examples = examples
         times.append(time.perf_counter())
 
-        penalised = (scores - args.missing_eos_penalty * ~rollout.ended).to(e.mask.device)
-        rewards = kl_rewards(penalised, e.old_logps, e.ref_logps, e.mask, memory["beta"])
-        e.advantages, e.returns = gae(rewards, e.old_values, e.mask, args.gamma, args.lam)
-        if args.scale:
-            e.advantages = whiten(e.advantages, e.mask)
+        penalised = scores - args.missing_eos_penalty * ~rollout.ended  # truncated: less
+        rewards = add_advantages(e, penalised, memory["beta"], args)
         rates = args.learning_rate, args.value_learning_rate
         learning_rate = set_learning_rate(optimizer, step, len(plan), *rates)
         stats = update(networks, optimizer, e, mini_batches, run, step)
         times.append(time.perf_counter())
 
         metrics = update_metrics(stats) | step_metrics(rollout, e, rewards, scores, truths)
-        speed = speeds(rollout, times, len(stats) / args.mini_batches)
-        run.log(step + 1, "train", **metrics, beta=memory["beta"], learning_rate=learning_rate,
-                **speed)
+        metrics |= {"beta": memory["beta"], "learning_rate": learning_rate}
+        metrics |= speeds(rollout, times, len(stats) / args.mini_batches)
+        run.log(step + 1, "train", **metrics)
         memory["beta"] = adapted_beta(memory["beta"], metrics["kl"], args.target_kl)
-        shown = {name: f"{metrics[name]:.2f}" for name in ("proxy_reward", "reward", "kl")}
-        bar.set_postfix(shown, refresh=False)
+        bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "kl")}, refresh=False)
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             evaluate(policy, held_out, proxy, run, step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
@@ -464,8 +469,8 @@ def main(args: Args) -> None:
     evaluation, samples = evaluate(saved, held_out, proxy, run, len(plan))
     evaluation["proxy_reward_ref"] = memory["before"]["proxy_reward"]
     report(run, evaluation, samples, held_out)
-    print(f"proxy reward: reference {evaluation['proxy_reward_ref']:.2f}, trained "
-          f"{evaluation['proxy_reward']:.2f}")
+    proxy_rewards = evaluation["proxy_reward_ref"], evaluation["proxy_reward"]
+    print("proxy reward: reference {:.2f}, trained {:.2f}".format(*proxy_rewards))
 
 
 if __name__ == "__main__":
