@@ -172,8 +172,7 @@ def score(rollout, examples, proxy, gold) -> dict[str, torch.Tensor]:
 
     def rewards_by(reward):
         repeated = [example for example in examples for _ in range(N)]
-        completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
-        rewards = reward(repeated, rollout.completions, completion_ids)
+        rewards = reward(repeated, rollout.completions, rollout.completion_ids)
         return rewards.double()[first].view(shape)
 
     proxy_rewards = rewards_by(proxy)

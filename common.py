@@ -776,6 +776,10 @@ class Rollout:
     completions: list[str]  # without the stop token
     ended: torch.Tensor  # [B] bool: stopped by itself, not truncated at max_new_tokens
 
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        return [ids[mask.index(1):] for ids, mask in self.rows]
+
 
 @torch.no_grad()
 def generate(

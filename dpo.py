@@ -21,7 +21,7 @@ cancels. What is left is the maximum-likelihood loss of a policy, equation (7):
         --learning-rate 1e-6
 
 Deviations from the paper's code: the learning rate decays linearly after the warm-up (theirs
-stays), and AdamW instead of RMSprop. The reference's log-probabilities are computed once, before
+stays constant), and AdamW instead of RMSprop. The reference's log-probabilities are computed once, before
 training. IPO takes log-probabilities of whole completions, as its paper does; TRL's divides them
 by their length: `--length-normalized`. dpo_loss() says where each loss converges.
 
@@ -39,14 +39,14 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    Row, UserError, adapters_off, clip_gradients, encode, encode_row, load_policy, load_reference,
-    load_tokenizer, mean_over_batch, micro_batches, pad_rows, save_and_reload,
-    sequence_logprobs, set_learning_rate, stop_ids, token_budget, token_logprobs
+    Row, UserError, adapters_off, all_reduce, clip_gradients, encode, encode_row, load_policy,
+    load_reference, load_tokenizer, mean_over_batch, micro_batches, pad_rows, save_and_reload,
+    set_learning_rate, stop_ids, token_budget, token_logprobs
 )
 from harness import (
-    ASSETS, GOLD, Count, Example, HeldOut, Limits, NonNegative, Positive, Run, TrainArgs, batches,
-    comparison, different_prompts, evaluate_policy, is_embedded, load_examples, load_reward,
-    progress_bar, report, run_script, tools_of, wins
+    ASSETS, GOLD, Count, Example, HeldOut, Limits, NonNegative, Positive, Run, TrainArgs,
+    batches, comparison, different_prompts, evaluate_policy, is_embedded, load_examples,
+    load_reward, progress_bar, report, run_script, tools_of, wins
 )
 
 
@@ -92,7 +92,7 @@ class Args(TrainArgs):
 
 @dataclass
 class Pair:
-    """A comparison, and what the reference says of it: log pi_ref(y | x), in nats."""
+    """A comparison, and its log-probabilities log pi_ref(y | x) under the reference, in nats."""
 
     example: Example
     chosen: Row
@@ -119,12 +119,19 @@ def load_pairs(args: Args, model, tokenizer) -> tuple[list[Pair], list[Pair], li
 
 def add_reference_logprobs(reference, pairs: list[Pair], args: Args) -> None:
     """Computed once, before training."""
-    how = args.micro_batch_size, args.temperature
-    with adapters_off(reference):
-        chosen = sequence_logprobs(reference, [pair.chosen for pair in pairs], *how)
-        rejected = sequence_logprobs(reference, [pair.rejected for pair in pairs], *how)
-    for pair, chosen_logp, rejected_logp in zip(pairs, chosen.tolist(), rejected.tolist()):
+    chosen, rejected = torch.zeros(2, len(pairs), device=reference.device)
+    for group in micro_batches(lengths_of(pairs), args.micro_batch_size, token_budget(reference)):
+        with torch.no_grad(), adapters_off(reference):
+            logps = pair_logprobs(reference, [pairs[i] for i in group], args.temperature)
+        chosen[group], rejected[group] = logps
+    chosen, rejected = all_reduce(chosen).tolist(), all_reduce(rejected).tolist()
+    for pair, chosen_logp, rejected_logp in zip(pairs, chosen, rejected):
         pair.ref_chosen_logp, pair.ref_rejected_logp = chosen_logp, rejected_logp
+
+
+def lengths_of(pairs: list[Pair]) -> list[int]:
+    """Tokens per pair, padding included."""
+    return [2 * max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
 
 
 # --- loss ---
@@ -140,17 +147,18 @@ def dpo_loss(
     (losses, chosen_rewards, rejected_rewards), each [B]; the rewards are the implicit ones of
     equation (5), without beta log Z(x) and without gradient. lengths: tokens of the chosen and of
     the rejected completions, ([B], [B]), to divide by. h is the log-ratio of the chosen completion
-    - that of the rejected one, eps label_smoothing. -> the fixed point, for pairs of pi_ref's:
+    - that of the rejected one, eps = label_smoothing; the arrow gives the fixed point, for pairs
+    sampled from pi_ref:
 
     sigmoid  -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)  -> pi* for eps = 0, the DPO
-             paper. Conservative DPO (Mitchell 2023) corrects no flipped labels: it lands where
-             eps = 0 does if a share eps is flipped, nearer to pi_ref, and twice so if they are
+             paper. Conservative DPO (Mitchell 2023, eps > 0) does not correct flipped labels: on
+             clean ones it lands, nearer to pi_ref, where plain DPO lands if a share eps is flipped
     robust   (-(1 - eps) log sigma(beta h) + eps log sigma(-beta h)) / (1 - 2 eps)  -> pi*, if a
              share eps is flipped: Chowdhury et al. (2024)
     ipo      (h - 1 / (2 beta))^2: Azar et al. (2023), equation (17)  -> pi* of another reward, the
              probability that y beats a completion of pi_ref
     hinge    max(0, 1 - beta h): SLiC (Zhao et al. 2023), on log-ratios  -> pi_ref exp(u / beta)
-             / Z, u whole numbers that rise with the reward like a staircase
+             / Z, u an integer step function of the reward
     simpo    -log sigma(beta h - target_margin) per token, without reference: Meng et al. (2024),
              equation (6)  -> exp(tokens (r + c) / beta), for target_margin 0
     lengths  with sigmoid  -> pi_ref exp(tokens (r + c) / beta)
@@ -162,7 +170,7 @@ def dpo_loss(
     if lengths is not None:
         chosen_logratios = chosen_logratios / lengths[0]
         rejected_logratios = rejected_logratios / lengths[1]
-    margin = chosen_logratios - rejected_logratios  # log Z(x) would stand in both, and cancels
+    margin = chosen_logratios - rejected_logratios  # log Z(x) appears in both terms and cancels
     right, wrong = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
     if loss_type == "sigmoid":
         losses = (1 - label_smoothing) * right + label_smoothing * wrong
@@ -191,8 +199,7 @@ def pair_logprobs(model, pairs: list[Pair], temperature: float):
 def preferences(policy, pairs: list[Pair], args: Args, train: bool) -> dict[str, float]:
     """The mean loss of these pairs and what is logged of it; adds up its gradient if train."""
     totals = defaultdict(float)
-    lengths = [2 * max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
-    for group in micro_batches(lengths, args.micro_batch_size, token_budget(policy)):
+    for group in micro_batches(lengths_of(pairs), args.micro_batch_size, token_budget(policy)):
         part = [pairs[i] for i in group]
         chosen, rejected = pair_logprobs(policy, part, args.temperature)
         ref_chosen = torch.tensor([pair.ref_chosen_logp for pair in part], device=chosen.device)

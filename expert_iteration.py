@@ -42,8 +42,9 @@ from common import (
     token_logprobs
 )
 from harness import (
-    ASSETS, GOLD, Count, HeldOut, Positive, Run, TrainArgs, batches, evaluate_policy, is_embedded,
-    load_prompts, load_reward, print_table, progress_bar, report, run_script, with_se
+    ASSETS, GOLD, Count, HeldOut, Positive, Run, TrainArgs, batches, evaluate_policy,
+    is_embedded, load_prompts, load_reward, print_table, progress_bar, report, run_script,
+    with_se
 )
 
 
@@ -107,8 +108,7 @@ def sample_and_choose(policy, tokenizer, prompts, reward, args: Args):
     prompt_ids = [ids for _, ids in prompts]
     rollout = generate(policy, tokenizer, prompt_ids, n, args.max_new_tokens, args.temperature)
     tokens_per_s = rollout.completion_mask.sum().item() / (time.perf_counter() - began)
-    completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
-    rewards = reward(examples, rollout.completions, completion_ids).view(-1, n)  # [P, n]
+    rewards = reward(examples, rollout.completions, rollout.completion_ids).view(-1, n)  # [P, n]
     best, is_better = keep_best(rewards)
     kept = []
     for i in is_better.nonzero().flatten().tolist():

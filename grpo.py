@@ -1,4 +1,4 @@
-"""Group-relative policy optimization: rewards or checks -> policy. The group is the baseline.
+"""Group-relative policy optimization: from rewards or checks to a policy, no value model.
 
 For each prompt q the old policy writes a group of G completions o_1 ... o_G. Their rewards,
 compared with each other, are the advantages, and the policy follows PPO's clipped objective. As
@@ -9,7 +9,7 @@ printed for DeepSeek-R1 (Guo et al. 2025):
     A_i      = (r_i - mean(r_1 ... r_G)) / std(r_1 ... r_G)                                     (3)
 
 with rho_i = pi_theta(o_i|q) / pi_old(o_i|q), the ratio of whole completions: `--ratio sequence`.
-DeepSeekMath (Shao et al. 2024), where the method comes from and whose form everybody runs, has a
+DeepSeekMath (Shao et al. 2024), where the method comes from and whose form is in common use, has a
 ratio and a D for each *token* and their mean over the tokens of each completion, its equations (3)
 and (4): `--ratio token --loss-type grpo`, the default here. The variants:
 
@@ -120,7 +120,7 @@ class Args(TrainArgs):
     eval_every: Count = 100
     """rollouts between held-out evaluations"""
     eval_samples: Count = 8
-    """k of pass@k: further completions of each held-out prompt"""
+    """k of pass@k: additional completions of each held-out prompt"""
     output_dir: str = "runs/grpo"
 
 
@@ -133,7 +133,7 @@ def group_advantages(rewards, group_size, scale=True, baseline="group"):
 
     leave-one-out: the mean of the others, which is G / (G - 1) times the distance to that of all.
     batch: everything is one group. The standard deviation is the unbiased one, plus 1e-4. Equal
-    rewards give exactly 0: what rounding leaves of their differences would be multiplied by 1e4.
+    rewards give exactly 0: what rounding leaves of their differences would be amplified by up to 1e4.
     """
     groups = rewards.view(-1, group_size)  # [prompts, G]
     if baseline == "batch":
@@ -236,7 +236,6 @@ def loss_total(mask, args: Args) -> int:
 class Experience:
     """What an update learns from: B completions, on the policy's device."""
 
-    examples: list  # [B]
     rows: list[Row]  # [B]
     mask: torch.Tensor  # [B, T]: 1 on the tokens in the loss
     advantages: torch.Tensor  # [B]
@@ -244,6 +243,7 @@ class Experience:
     indices: list[int]  # of the rows that have a gradient
     total: int  # what the loss is divided by
     old_logps: torch.Tensor | None = None  # [B, T]; None: of the policy itself, the ratio is 1
+    examples: list | None = None  # [B], for messages
 
 
 def rows_to_learn_from(advantages, mask, beta) -> list[int]:
@@ -273,14 +273,13 @@ def completion_logprobs(model, rows: list[Row], width: int, temperature: float):
 
 
 @torch.no_grad()
-def reference_logprobs(reference, rollout, args: Args) -> torch.Tensor:
-    """log pi_ref of the sampled tokens -> [B, T]."""
+def rollout_logprobs(model, rollout, args: Args) -> torch.Tensor:
+    """log pi of the sampled tokens -> [B, T]."""
     logps = torch.zeros_like(rollout.logps)
     everything = range(len(rollout.rows))
-    with adapters_off(reference):
-        for group in neighbours(rollout.rows, everything, args, token_budget(reference)):
-            rows, (at,) = [rollout.rows[i] for i in group], send(logps.device, torch.tensor(group))
-            logps[at] = completion_logprobs(reference, rows, logps.shape[1], args.temperature)
+    for group in neighbours(rollout.rows, everything, args, token_budget(model)):
+        rows, (at,) = [rollout.rows[i] for i in group], send(logps.device, torch.tensor(group))
+        logps[at] = completion_logprobs(model, rows, logps.shape[1], args.temperature)
     return all_reduce(logps)
 
 
@@ -381,16 +380,12 @@ def pass_rates(policy, held_out: HeldOut, args: Args, step: int) -> dict:
         sampled = generate(policy, tokenizer, prompt_ids, k, args.max_new_tokens, args.temperature)
         greedy = generate(policy, tokenizer, prompt_ids, 1, args.max_new_tokens, 0.0)
     repeated = [example for example in examples for _ in range(k)]
-    rewards = held_out.reward(repeated, sampled.completions, completion_ids_of(sampled))
+    rewards = held_out.reward(repeated, sampled.completions, sampled.completion_ids)
     passed = (rewards >= args.pass_reward).float().view(-1, k)  # [prompts, k]
-    rewards = held_out.reward(examples, greedy.completions, completion_ids_of(greedy))
+    rewards = held_out.reward(examples, greedy.completions, greedy.completion_ids)
     pass_at_1, se = mean_and_se(passed.mean(1))
     return {"pass_at_1": pass_at_1, "pass_at_1_se": se, "pass_at_k": passed.amax(1).mean().item(),
             "k": k, "greedy_accuracy": (rewards >= args.pass_reward).float().mean().item()}
-
-
-def completion_ids_of(rollout) -> list[list[int]]:
-    return [row.ids[row.mask.index(1):] for row in rollout.rows]
 
 
 def evaluate(policy, held_out: HeldOut, run: Run, step: int):
@@ -404,21 +399,23 @@ def evaluate(policy, held_out: HeldOut, run: Run, step: int):
 # --- main ---
 
 
-def collect(reference, rollout, examples, total, args: Args) -> Experience:
+def collect(policy, reference, rollout, total, args: Args) -> Experience:
     """A rollout and its rewards [B] -> advantages, masks, the reference's log-probabilities."""
     ref_logps, beta = torch.zeros_like(rollout.logps), args.beta
     if beta:
-        ref_logps = reference_logprobs(reference, rollout, args)
+        with adapters_off(reference):
+            ref_logps = rollout_logprobs(reference, rollout, args)
     mask, device = rollout.completion_mask, ref_logps.device
     if beta and args.kl == "reward":
-        total = rewards_with_kl(total.to(device), rollout.logps, ref_logps, mask.to(device), beta)
+        logps = rollout_logprobs(policy, rollout, args)  # as the reference's: equal at first
+        total = rewards_with_kl(total.to(device), logps, ref_logps, mask.to(device), beta)
         total, beta = total.cpu(), 0.0  # the loss has no KL
     advantages = group_advantages(total, args.samples_per_prompt, args.scale, args.baseline)
     if args.mask_truncated:
         mask = mask * rollout.ended[:, None]
     indices = rows_to_learn_from(advantages, mask, beta)
-    return Experience(examples, rollout.rows, mask.to(device), advantages.to(device), ref_logps,
-                      indices, loss_total(mask, args))
+    return Experience(rollout.rows, mask.to(device), advantages.to(device), ref_logps, indices,
+                      loss_total(mask, args))
 
 
 def rollout_metrics(rollout, rewards, total, experience: Experience, args: Args) -> dict:
@@ -430,8 +427,8 @@ def rollout_metrics(rollout, rewards, total, experience: Experience, args: Args)
         "sampling_gap": gap.abs().max(),
     }
     if args.beta:
-        kl = kl_k3(rollout.logps, e.ref_logps) * e.mask
-        metrics["kl"] = kl.sum(1).mean()  # nats per completion
+        kl = kl_k3(rollout.logps, e.ref_logps) * rollout.completion_mask.to(e.mask.device)
+        metrics["kl"] = kl.sum(1).mean()  # nats per completion, truncated ones included
     host = {
         "reward": total.mean(),
         "zero_variance": (groups == groups[:, :1]).all(1).float().mean(),
@@ -494,9 +491,10 @@ def main(args: Args) -> None:
         rollout = generate(policy, tokenizer, [prompts[i][1] for i in plan[step]],
                            args.samples_per_prompt, args.max_new_tokens, args.temperature)
         times.append(time.perf_counter())
-        rewards = rewards_of(examples, rollout.completions, completion_ids_of(rollout))
+        rewards = rewards_of(examples, rollout.completions, rollout.completion_ids)
         total = weighted_sum(rewards, weights, examples)  # [B]
-        experience = collect(reference, rollout, examples, total, args)
+        experience = collect(policy, reference, rollout, total, args)
+        experience.examples = examples
         times.append(time.perf_counter())
         learning_rate = set_learning_rate(optimizer, step, len(plan), args.learning_rate)
         metrics = update(policy, optimizer, experience, run, step)

@@ -750,8 +750,7 @@ def evaluate_policy(policy, held_out: HeldOut, args, step: int, policy_prompts=N
         torch.manual_seed(args.seed + 1000 * step)
         rollout = common.generate(policy, held_out.tokenizer, policy_prompts or prompt_ids, 1,
                                   args.max_new_tokens, args.temperature)
-    completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
-    ref_rows = [make_row(ids, completion) for ids, completion in zip(prompt_ids, completion_ids)]
+    ref_rows = [make_row(*ids) for ids in zip(prompt_ids, rollout.completion_ids)]
     how = args.micro_batch_size, args.temperature
     log_ratios = common.sequence_logprobs(policy, rollout.rows, *how)
     with common.adapters_off(held_out.reference):
@@ -763,7 +762,7 @@ def evaluate_policy(policy, held_out: HeldOut, args, step: int, policy_prompts=N
         sample = {"step": step, "prompt": example["prompt"], "completion": completion}
         samples.append(sample | {"ended": end})
     if held_out.reward:
-        rewards = held_out.reward(examples, rollout.completions, completion_ids)
+        rewards = held_out.reward(examples, rollout.completions, rollout.completion_ids)
         for sample, reward in zip(samples, rewards.tolist()):
             sample["reward"] = reward
         before = [sample["reward"] for sample in held_out.reference_samples or samples]

@@ -5,8 +5,8 @@ term:
 
     max_theta  E_{x, y ~ pi_theta} [ r(x, y) ] - beta KL(pi_theta(y|x) || pi_ref(y|x))          (1)
 
-The tokens of a completion are the actions, and the KL is paid where it arises: the reward of token
-t is
+The tokens of a completion are the actions, and the KL is charged token by token: the reward of
+token t is
 
     R_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)) + [t is the last] r(x, y)    (2)
 
@@ -23,19 +23,19 @@ of its code:
     L_V  = 1/2 E[ max((V_t - return_t)^2, (clip(V_t, V_old,t - eps, V_old,t + eps) - return_t)^2) ]
                                                                                                 (5)
 
-The optimum of (1) is pi* = pi_ref exp(r / beta) / Z; the tests hold PPO to it by enumeration. At
-pi* every advantage is 0, and scaling then blows up what is left of them: only the decay of the
+The optimum of (1) is pi* = pi_ref exp(r / beta) / Z; the tests check PPO against it by enumeration.
+At pi* every advantage is 0, and scaling amplifies the noise that is left: only the decay of the
 learning rate to 0 lets PPO settle there.
 
     python ppo_rlhf.py                     # tiny-rm rewards tiny-sft, the truth judges: 0.0 -> 2.6
     python ppo_rlhf.py --beta 1            # closer to the reference
-    python ppo_rlhf.py --target-kl 3       # beta finds its own value
+    python ppo_rlhf.py --target-kl 3       # beta is adapted
     python ppo_rlhf.py --reward-fn assets/rewards.py:sentiment --critic-model assets/tiny-rm
     python ppo_rlhf.py --model Qwen/Qwen2.5-0.5B-Instruct --reward-model runs/reward_model \\
         --dataset trl-lib/ultrafeedback-prompt --learning-rate 1e-6 --value-learning-rate 1e-5 \\
         --max-new-tokens 300
 
-The details, and who has them (Z: Ziegler et al. 2019; S: Stiennon et al. 2020; O: InstructGPT; 37,
+The implementation details and their sources (Z: Ziegler et al. 2019; S: Stiennon et al. 2020; O: InstructGPT; 37,
 N, N+: Huang et al., "The 37 implementation details of PPO", 2022, "The N implementation details of
 RLHF with PPO", 2023, and its sequel on summarisation, 2024):
 
@@ -94,7 +94,7 @@ class Args(TrainArgs):
     reward_model: str | None = None
     """sequence-classification model with one label that gives the reward; embedded data: tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function, the reward; beside --reward-model only the judge of what that one taught"""
+    """FILE.py:function, the reward; beside --reward-model it only judges in evaluations"""
     critic_model: str | None = None
     """what the critic starts from; default: --reward-model if it has the policy's tokenizer, else
     --model"""
@@ -235,7 +235,8 @@ def token_values(critic, input_ids, completion_mask):
 
 @dataclass
 class Experience:
-    """A step's completions, and what policy, reference and critic said of them before the update.
+    """A step's completions, and what policy, reference and critic computed for them before the update.
+    T counts prompt and completion; all is 0 outside the completion.
     Tensors [B, T], on the policy's device."""
 
     examples: list
@@ -339,7 +340,7 @@ def update(networks, optimizer, experience: Experience, plan, run: Run, step: in
 
 
 def explained_variance(values, returns, mask) -> torch.Tensor:
-    """1: the critic knows the returns; 0: no more than their mean; below: less."""
+    """1: the critic predicts the returns; 0: no better than their mean; negative: worse."""
     def variance(x):
         mean = (x * mask).sum() / mask.sum()
         return ((x - mean).square() * mask).sum()
@@ -440,8 +441,9 @@ def main(args: Args) -> None:
         prompt_ids = [prompts[i][1] for i in plan[step]]
         rollout = generate(policy, tokenizer, prompt_ids, 1, args.max_new_tokens, args.temperature)
         times.append(time.perf_counter())
-        scores = proxy(examples, rollout.completions)  # [B]
-        truths = scores if gold is proxy else gold(examples, rollout.completions)
+        to_score = examples, rollout.completions, rollout.completion_ids
+        scores = proxy(*to_score)  # [B]
+        truths = scores if gold is proxy else gold(*to_score)
         mini_batches = update_plan(rollout.rows, args, token_budget(policy))
         e = score_experience(networks, reference, rollout, mini_batches, args)
         e.examples = examples

@@ -60,9 +60,9 @@ from common import (
     micro_batches, pad_rows, save_and_reload, send, set_learning_rate, stop_ids, token_budget
 )
 from harness import (
-    ASSETS, GOLD, Count, HeldOut, Limits, NonNegative, Positive, Run, TrainArgs, batches, column,
-    comparison, different_prompts, evaluate_policy, load_examples, load_reward, progress_bar,
-    report, run_script, tools_of
+    ASSETS, GOLD, Count, HeldOut, Limits, NonNegative, Positive, Run, TrainArgs, batches,
+    column, comparison, different_prompts, evaluate_policy, load_examples, load_reward,
+    progress_bar, report, run_script, tools_of
 )
 
 
@@ -254,7 +254,7 @@ def explore(policy, tokenizer, examples, indices, pool, *, reward, args: Args) -
     prompts = [prompt_ids(tokenizer, examples[i]) for i in indices]
     rollout = generate(policy, tokenizer, prompts, n, args.max_new_tokens, args.temperature)
     indices = [i for i in indices for _ in range(n)]
-    completion_ids = [row.ids[row.mask.index(1):] for row in rollout.rows]
+    completion_ids = rollout.completion_ids
     rewards = reward([examples[i] for i in indices], rollout.completions, completion_ids)
     for i, ids, value in zip(indices, completion_ids, rewards.tolist()):
         pool.append({"example": i, "completion": ids, "reward": value})

@@ -16,7 +16,7 @@ from common import generate, load_model, load_tokenizer, make_row, pad_rows, tok
 from conftest import ROOT
 from grpo import (
     Experience, add_gradients, group_advantages, grpo_loss, kl_k3, loss_total, ratio_metrics,
-    reference_logprobs, rows_to_learn_from
+    rollout_logprobs, rows_to_learn_from
 )
 from test_runs import kill_at, metrics_of, run
 
@@ -98,7 +98,7 @@ def golden():
     policy, old, reference = (load_model(str(GOLDEN / name)) for name in ("policy", "old", "ref"))
     with torch.no_grad():
         old_logps = token_logprobs(old, input_ids, mask)
-    ref_logps = reference_logprobs(reference, rollout, grpo.Args(micro_batch_size=5))
+    ref_logps = rollout_logprobs(reference, rollout, grpo.Args(micro_batch_size=5))
     return policy, Experience(
         examples=[], rows=rows, mask=mask, advantages=ADVANTAGES, ref_logps=ref_logps,
         old_logps=old_logps, indices=list(range(12)), total=12,
@@ -265,7 +265,7 @@ def test_truncated_completions_leave_the_loss(sampled):
     model, rollout = sampled
     rewards, ended = torch.randn(8), torch.tensor([1, 0, 1, 1, 0, 1, 1, 1]).bool()
     args = grpo.Args(samples_per_prompt=2, mask_truncated=True)
-    masked = grpo.collect(model, replace(rollout, ended=ended), [], rewards, args)
+    masked = grpo.collect(model, model, replace(rollout, ended=ended), rewards, args)
     assert torch.equal(masked.advantages, group_advantages(rewards, 2))  # still in their group
     assert masked.indices == ended.nonzero().flatten().tolist()
     _, flat = gradient(model, masked, args)

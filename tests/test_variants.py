@@ -92,13 +92,14 @@ def test_collect_puts_the_kl_into_the_reward_and_no_other_into_the_loss():
     args = grpo.Args(samples_per_prompt=4, beta=0.05, kl="reward", scale=False,
                      baseline="leave-one-out")
     reference = load_model(str(GOLDEN / "ref"))
-    experience = grpo.collect(reference, rollout, [], REWARDS, args)
+    policy = load_model(str(GOLDEN / "policy"))
+    experience = grpo.collect(policy, reference, rollout, REWARDS, args)
     close(experience.advantages, RLOO_KL)
     loss = [grpo_loss(LOGPS, OLD, REF, ADVANTAGES, MASK, beta=beta, kl="reward", **CLIP)
             for beta in (0.0, 5.0)]
     assert loss[0] == loss[1]
     args = grpo.Args(samples_per_prompt=4, beta=0.05)
-    close(grpo.collect(reference, rollout, [], REWARDS, args).advantages,
+    close(grpo.collect(reference, reference, rollout, REWARDS, args).advantages,
           group_advantages(REWARDS, 4))
 
 
