@@ -20,10 +20,10 @@ cancels. What is left is the maximum-likelihood loss of a policy, equation (7):
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \\
         --learning-rate 1e-6
 
-Deviations from the paper's code: the learning rate decays linearly after the warm-up (theirs
-stays constant), and AdamW instead of RMSprop. The reference's log-probabilities are computed once, before
-training. IPO takes log-probabilities of whole completions, as its paper does; TRL's divides them
-by their length: `--length-normalized`. dpo_loss() says where each loss converges.
+Deviations from the paper's code: the learning rate decays linearly after the warm-up (theirs stays
+constant), and AdamW instead of RMSprop. The reference's log-probabilities are computed once,
+before training. IPO takes log-probabilities of whole completions, as its paper does; TRL's divides
+them by their length: `--length-normalized`. dpo_loss() says where each loss converges.
 
 Data: `prompt` + `chosen` + `rejected`, or `chosen` + `rejected` that begin with their prompt;
 texts or lists of messages.

@@ -133,7 +133,7 @@ def group_advantages(rewards, group_size, scale=True, baseline="group"):
 
     leave-one-out: the mean of the others, which is G / (G - 1) times the distance to that of all.
     batch: everything is one group. The standard deviation is the unbiased one, plus 1e-4. Equal
-    rewards give exactly 0: what rounding leaves of their differences would be amplified by up to 1e4.
+    rewards give exactly 0: rounding errors of their differences would be amplified by up to 1e4.
     """
     groups = rewards.view(-1, group_size)  # [prompts, G]
     if baseline == "batch":
@@ -503,8 +503,7 @@ def main(args: Args) -> None:
         metrics |= rollout_metrics(rollout, rewards, total, experience, args)
         speed = speeds(rollout, times, args.updates_per_rollout)
         run.log(step + 1, "train", **metrics, learning_rate=learning_rate, **speed)
-        shown = {name: f"{metrics[name]:.3f}" for name in ("reward", "zero_variance", "entropy")}
-        bar.set_postfix(shown, refresh=False)
+        bar.set_postfix(reward=f"{metrics['reward']:.3f}", refresh=False)
         if (step + 1) % args.eval_every == 0 and step + 1 < len(plan):
             evaluate(policy, held_out, run, step + 1)
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):

@@ -35,9 +35,9 @@ learning rate to 0 lets PPO settle there.
         --dataset trl-lib/ultrafeedback-prompt --learning-rate 1e-6 --value-learning-rate 1e-5 \\
         --max-new-tokens 300
 
-The implementation details and their sources (Z: Ziegler et al. 2019; S: Stiennon et al. 2020; O: InstructGPT; 37,
-N, N+: Huang et al., "The 37 implementation details of PPO", 2022, "The N implementation details of
-RLHF with PPO", 2023, and its sequel on summarisation, 2024):
+The implementation details and their sources (Z: Ziegler et al. 2019; S: Stiennon et al. 2020; O:
+InstructGPT; 37, N, N+: Huang et al., "The 37 implementation details of PPO", 2022, "The N
+implementation details of RLHF with PPO", 2023, and its sequel on summarisation, 2024):
 
     (2) per token, the score at the last token (S, O)     by its index, so that pad may equal EOS
     critic: own network, from the reward model (S, O)     else from --model, its head 0 (N)
@@ -235,8 +235,8 @@ def token_values(critic, input_ids, completion_mask):
 
 @dataclass
 class Experience:
-    """A step's completions, and what policy, reference and critic computed for them before the update.
-    T counts prompt and completion; all is 0 outside the completion.
+    """A step's completions, and what policy, reference and critic computed for them before the
+    update. T counts prompt and completion; all is 0 outside the completion.
     Tensors [B, T], on the policy's device."""
 
     examples: list
@@ -437,8 +437,8 @@ def main(args: Args) -> None:
     held_out.reference_samples = memory["samples"]
     bar = progress_bar("ppo_rlhf", done, len(plan))
     for step in bar:
-        times, examples = [time.perf_counter()], [prompts[i][0] for i in plan[step]]
-        prompt_ids = [prompts[i][1] for i in plan[step]]
+        times = [time.perf_counter()]
+        examples, prompt_ids = zip(*[prompts[i] for i in plan[step]])
         rollout = generate(policy, tokenizer, prompt_ids, 1, args.max_new_tokens, args.temperature)
         times.append(time.perf_counter())
         to_score = examples, rollout.completions, rollout.completion_ids
@@ -451,8 +451,8 @@ def main(args: Args) -> None:
 
         penalised = scores - args.missing_eos_penalty * ~rollout.ended  # truncated: less
         rewards = add_advantages(e, penalised, memory["beta"], args)
-        rates = args.learning_rate, args.value_learning_rate
-        learning_rate = set_learning_rate(optimizer, step, len(plan), *rates)
+        learning_rate = set_learning_rate(optimizer, step, len(plan), args.learning_rate,
+                                          args.value_learning_rate)
         stats = update(networks, optimizer, e, mini_batches, run, step)
         times.append(time.perf_counter())
 
@@ -471,8 +471,7 @@ def main(args: Args) -> None:
     evaluation, samples = evaluate(saved, held_out, proxy, run, len(plan))
     evaluation["proxy_reward_ref"] = memory["before"]["proxy_reward"]
     report(run, evaluation, samples, held_out)
-    proxy_rewards = evaluation["proxy_reward_ref"], evaluation["proxy_reward"]
-    print("proxy reward: reference {:.2f}, trained {:.2f}".format(*proxy_rewards))
+    print("proxy reward: {proxy_reward_ref:.2f} -> {proxy_reward:.2f}".format(**evaluation))
 
 
 if __name__ == "__main__":

@@ -431,7 +431,7 @@ def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ppo")
     status, output, errors = run("ppo_rlhf", *QUICK, "--output-dir", directory)
     assert status == 0 and errors == "", errors
-    assert "proxy reward: reference" in output
+    assert "proxy reward: " in output
     return directory
 
 
