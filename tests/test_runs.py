@@ -53,6 +53,7 @@ def fork(script, *flags, errors=os.devnull, largest_file=None) -> int:
         return child
     status = 1
     try:
+        torch.set_num_threads(1)  # makes the pool anew, before several threads race to do so
         tqdm.set_lock(threading.RLock())  # its own: who is killed holding ours would stop us
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
