@@ -627,10 +627,6 @@ def call_user(flag: str, spec: str, function, arguments: dict, seconds: float) -
     if not isinstance(values, (list, tuple)):
         kind = type(values).__name__
         raise UserError(f"{flag} {spec} returned a {kind}: return a list of numbers")
-    number = len(arguments["prompts"]) if "prompts" in arguments else None
-    if number is not None and len(values) != number:
-        raise UserError(f"{flag} {spec} returned {len(values)} numbers for {number} completions: "
-                        "return one for each")
     return list(values)
 
 
@@ -669,7 +665,7 @@ def reward_from_function(args, spec: str, optional=False):
                          completion_ids=completion_ids, trainer_state=None)
         values = call_user(flag, spec, function, arguments, args.reward_timeout)
         if len(values) != len(examples):
-            raise UserError(f"{flag} {spec} returned {len(values)} rewards for {len(examples)} "
+            raise UserError(f"{flag} {spec} returned {len(values)} numbers for {len(examples)} "
                             "completions: return one for each")
         rewards = torch.zeros(len(examples))
         for i, (example, value) in enumerate(zip(examples, values)):

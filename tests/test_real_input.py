@@ -529,7 +529,7 @@ MISTAKES = {
     "a text": ("return 'good'", "a str"),
     "None": ("return None", "NoneType"),
     "a generator": ("return (1.0 for c in completions)", "generator"),
-    "too few": ("return [1.0]", "1 "),
+    "too few": ("return [1.0]", "1 numbers for 4 completions"),
     "texts": ("return ['1'] * 4", "'1'"),
     "NaN": ("return [1, 2, float('nan'), 4]", "nan"),
     "infinity": ("return [1, 2, float('inf'), 4]", "inf"),
