@@ -1,11 +1,11 @@
 """One GPU: how near its limits training and decoding come, and where the time of a step goes.
 
-    python benchmarks/gpu.py         # benchmarks/results/gpu.json and tables, in about --minutes 8
+    python benchmarks/gpu.py         # benchmarks/results/gpu.json and tables, in about --minutes 10
     python benchmarks/gpu.py --sections machine decoding --models 0.5B
     python benchmarks/gpu.py --smoke --output gpu.json    # tiny shapes, on a CPU too: does it run?
 
-Models: the shapes of Qwen2.5 0.5B and 1.5B, random weights, made on the GPU. As in the scripts:
-fp32 master weights, bf16 autocast, fused AdamW, no gradient checkpointing. Every clock waits for
+Models: the shapes of Qwen2.5 0.5B and 1.5B and of Qwen3 0.6B, random weights, made on the GPU. As
+in the scripts: fp32 master weights, bf16 autocast, fused AdamW, no gradient checkpointing. Every clock waits for
 the GPU, the scripts' too, which do not by themselves. Times are medians after a warm-up, peak_gib
 is torch.cuda.max_memory_allocated of the row. A row that fails says why, and the others follow.
 
@@ -33,6 +33,10 @@ scripts   main() of dpo.py, of grpo.py with a reference (beta 0.04), of ppo_rlhf
           and larger. DPO: the pairs of training. GRPO: 32 prompts x 8 completions, PPO: 256 x 1;
           128 + 128 tokens. `seconds` is from a step's last AdamW to the next step's; rates are
           those of metrics.jsonl, shares are of the three phases' sum.
+mixed     main() of sft.py and grpo.py with 0.6B and lengths as in chats, so that plans of kernels
+          and padding are seen: SFT on 64 rows per update, GRPO on 32 prompts x 8 completions, both of a
+          median of 350 tokens (rows lognormal with deviation 0.7; completions geometric, because
+          one token in 505 is a stop token). mfu: necessary FLOPs of the updates, as above.
 trl       TRL, if installed, on the same weights and batches: bf16, no gradient checkpointing, fused
           AdamW, generation by transformers, as many rows per pass as fit. DPO's reference is
           computed before training, and not counted, on both sides. ratio: its seconds over those
@@ -46,7 +50,7 @@ import importlib
 import io
 import itertools
 import json
-
+import math
 import os
 import statistics
 import sys
@@ -75,11 +79,12 @@ from harness import print_table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # after common
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-SECTIONS = ("machine", "training", "decoding", "scripts", "trl")
-MODELS = {  # width, layers, heads, inner width, words
-    "0.5B": (896, 24, 14, 4864, 151936),
-    "1.5B": (1536, 28, 12, 8960, 151936),
-    "tiny": (32, 2, 4, 48, 512),
+SECTIONS = ("machine", "training", "decoding", "scripts", "mixed", "trl")
+MODELS = {  # width, layers, heads, of keys and values, width of a head, inner width, words
+    "0.5B": (896, 24, 14, 2, 64, 4864, 151936),
+    "0.6B": (1024, 28, 16, 8, 128, 3072, 151936),
+    "1.5B": (1536, 28, 12, 2, 128, 8960, 151936),
+    "tiny": (32, 2, 4, 2, 8, 48, 512),
 }
 VENDOR = {  # dense bf16 FLOP/s, bytes/s
     "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
@@ -91,12 +96,14 @@ FULL = dict(
     pair=(512, 512), pairs=8, passes={"0.5B": (None, 8), "1.5B": (None, 4)},
     decoding=(128, 32, 128), decoding_batches=(1, 64, 256),
     rollout=(128, 128), prompts=32, group=8, rollout_passes=(None, 64), steps=4,
+    mixed_model="0.6B", rows=64, median=350, mixed_steps=8,
 )
 SMOKE = dict(
     models=["tiny"], script_model="tiny", gemm=64, floats=2**15, repeats=2,
     pair=(6, 5), pairs=4, passes={"tiny": (None, 2)},
     decoding=(6, 4, 24), decoding_batches=(1, 8),
     rollout=(6, 5), prompts=2, group=4, rollout_passes=(None, 4), steps=3,
+    mixed_model="tiny", rows=4, median=6, mixed_steps=3,
 )
 
 
@@ -135,9 +142,10 @@ def update_times():
 
 def make_model(name: str, device, kind=AutoModelForCausalLM):
     """Random weights, with all that common.load_model() sets."""
-    width, layers, heads, inner, words = MODELS[name]
+    width, layers, heads, kv_heads, head_dim, inner, words = MODELS[name]
     config = Qwen2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=2, intermediate_size=inner, vocab_size=words,
+                         num_key_value_heads=kv_heads, head_dim=head_dim,
+                         intermediate_size=inner, vocab_size=words,
                          tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
                          bos_token_id=None, max_position_embeddings=2048, num_labels=1)
     torch.manual_seed(0)
@@ -150,10 +158,14 @@ def make_model(name: str, device, kind=AutoModelForCausalLM):
 
 def weights_of(config) -> tuple[int, int]:
     """-> (weights of all layers' matrices, of the head)"""
-    width, heads = config.hidden_size, config.num_attention_heads
-    kv_width = width // heads * config.num_key_value_heads
-    layer = 2 * width * width + 2 * width * kv_width + 3 * width * config.intermediate_size
+    width, size = config.hidden_size, head_dim(config)
+    projections = 2 * (config.num_attention_heads + config.num_key_value_heads) * size  # q, o; k, v
+    layer = width * (projections + 3 * config.intermediate_size)
     return config.num_hidden_layers * layer, width * config.vocab_size
+
+
+def head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def forward_flops(config, prompt: int, completions: list[int], head: bool) -> float:
@@ -162,7 +174,7 @@ def forward_flops(config, prompt: int, completions: list[int], head: bool) -> fl
     layers, head_weights = weights_of(config)
     keys = prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in completions)  # that all queries meet
     return (2 * layers * (prompt + sum(completions))
-            + 4 * config.num_hidden_layers * config.hidden_size * keys
+            + 4 * config.num_hidden_layers * config.num_attention_heads * head_dim(config) * keys
             + 2 * head * head_weights * sum(completions))
 
 
@@ -241,7 +253,7 @@ def decoding(shape, device, limits, name: str, batch: int) -> dict:
 
     short, long = seconds(few), seconds(many)
     step, config = (long - short) / (many - few), model.config
-    kv_width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    kv_width = head_dim(config) * config.num_key_value_heads
     per_token = 2 * 2 * config.num_hidden_layers * kv_width  # bytes of keys and values in bf16
     read = 2 * sum(weights_of(config)) + per_token * batch * (prompt + (few + many) / 2)
     return {"batch": batch, "step_ms": 1000 * step, "tokens_per_s": batch / step,
@@ -253,27 +265,37 @@ def decoding(shape, device, limits, name: str, batch: int) -> dict:
 # --- whole scripts, ours and TRL ---
 
 
-def prepare(shape, device, where: Path) -> dict:
-    """Policy, reward model and data, as the scripts read them: a word is a token."""
-    size = MODELS[shape["script_model"]][-1]
+def word_tokenizer(size: int):
+    """A word is a token."""
     pieces = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, size))]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+def random_text(words: int, length: int) -> str:
+    return "".join(f" w{i}" for i in torch.randint(2, words, (length,)).tolist())
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def prepare(shape, device, where: Path) -> dict:
+    """Policy, reward model and data, as the scripts read them."""
+    size = MODELS[shape["script_model"]][-1]
+    tokenizer = word_tokenizer(size)
     for name, kind in (("policy", AutoModelForCausalLM),
                        ("reward", AutoModelForSequenceClassification)):
         model = make_model(shape["script_model"], device, kind).to(torch.bfloat16)
         model.save_pretrained(where / name)
         tokenizer.save_pretrained(where / name)
 
-    def text(length):
-        return "".join(f" w{i}" for i in torch.randint(2, size, (length,)).tolist())
-
     def write(name, number, **lengths):
-        rows = [{column: text(length) for column, length in lengths.items()} for _ in range(number)]
-        (where / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{column: random_text(size, length) for column, length in lengths.items()}
+                for _ in range(number)]
+        write_rows(where / f"{name}.jsonl", rows)
 
     prompt, completion = shape["pair"]
     both = dict(chosen=completion - 1, rejected=completion - 1)  # and EOS
@@ -292,10 +314,23 @@ def sevens(prompts, completions, **columns) -> list[float]:
     return [text.count("7") / 100 for text in completions]
 
 
+def run_main(name: str, flags: dict) -> tuple[list[float], list[dict]]:
+    """The script's own main(), up to where it would save its only checkpoint -> when each AdamW
+    step ended, and the lines of metrics.jsonl on training."""
+    Enough, module = type("Enough", (Exception,), {}), importlib.import_module(name)
+    with (update_times() as times,
+          mock.patch.object(module, "time", SimpleNamespace(perf_counter=now)),
+          # beside a Qwen2 it expects Qwen's words
+          mock.patch.object(common, "AutoTokenizer", PreTrainedTokenizerFast),
+          mock.patch.object(module.Run, "save_checkpoint", side_effect=Enough),
+          contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO())):
+        module.main(module.Args(**flags))
+    lines = (Path(flags["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    return times, [line for line in map(json.loads, lines) if line["phase"] == "train"]
+
+
 def script(shape, device, where: Path, name: str, a_pass: int | None) -> dict:
-    """The script's own main(), up to where it would save its only checkpoint."""
-    Enough = type("Enough", (Exception,), {})
-    module, steps = importlib.import_module(name), shape["steps"]
+    steps = shape["steps"]
     data = "dpo" if name == "dpo" else "prompts"
     prompt, new = shape["rollout"]
     flags = dict(model=str(where / "policy"), dataset=str(where / f"{data}.jsonl"),
@@ -312,15 +347,7 @@ def script(shape, device, where: Path, name: str, a_pass: int | None) -> dict:
     if name == "ppo_rlhf":
         flags |= dict(batch_size=shape["prompts"] * shape["group"], critic_warmup=0,
                       reward_model=str(where / "reward"), value_learning_rate=1e-6)
-    with (update_times() as times,
-          mock.patch.object(module, "time", SimpleNamespace(perf_counter=now)),
-          # beside a Qwen2 it expects Qwen's words
-          mock.patch.object(common, "AutoTokenizer", PreTrainedTokenizerFast),
-          mock.patch.object(module.Run, "save_checkpoint", side_effect=Enough),
-          contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO())):
-        module.main(module.Args(**flags))
-    lines = (Path(flags["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in map(json.loads, lines) if line["phase"] == "train"]
+    times, lines = run_main(name, flags)
     lines = lines[1:]  # the first is warm-up
     updates = len(times) // steps  # PPO: of several mini-batches
     row = {"rows_a_pass": a_pass or "default", "seconds": median_gap(times[updates - 1::updates])}
@@ -333,6 +360,49 @@ def script(shape, device, where: Path, name: str, a_pass: int | None) -> dict:
         phases = {phase: n / row[f"{phase}_tokens_per_s"] for phase, n in counted.items()}
         row |= {f"share_{phase}": seconds / sum(phases.values())
                 for phase, seconds in phases.items()}
+    return row
+
+
+def mixed(shape, device, limits, where: Path, name: str) -> dict:
+    """Lengths as in chats: every update has rows, and kernels shapes, of its own."""
+    words, steps, median = MODELS[shape["mixed_model"]][-1], shape["mixed_steps"], shape["median"]
+    model = make_model(shape["mixed_model"], device)
+    config = model.config
+    # one token in 505 is a stop token, so lengths are geometric with this median
+    stops = range(1, words, round(shape["median"] / math.log(2)))
+    model.generation_config.eos_token_id = list(stops)
+    model.to(torch.bfloat16).save_pretrained(where / "mixed")
+    word_tokenizer(words).save_pretrained(where / "mixed")
+    del model
+    flags = dict(model=str(where / "mixed"), dataset=str(where / f"mixed_{name}.jsonl"),
+                 eval_dataset=str(where / "mixed_heldout.jsonl"), output_dir=str(where / name),
+                 device=device, dtype="bfloat16", max_steps=steps, eval_every=10**6,
+                 save_every=10**6, eval_prompts=2, learning_rate=1e-6)
+    lengths = torch.empty(shape["rows"] * steps).log_normal_(math.log(median), 0.7)
+    lengths = lengths.clamp(4, 4 * median).long().tolist()
+    rows = [{"prompt": random_text(words, n // 4), "completion": random_text(words, n - n // 4)}
+            for n in lengths]
+    write_rows(where / f"mixed_{name}.jsonl", rows)
+    write_rows(where / "mixed_heldout.jsonl", rows[:2])
+    if name == "sft":
+        flags |= dict(batch_size=shape["rows"], max_new_tokens=4, max_length=5 * median)
+    else:
+        flags |= dict(batch_size=shape["prompts"], samples_per_prompt=shape["group"],
+                      max_new_tokens=4 * median, max_length=5 * median, eval_samples=1,
+                      reward_fn=[f"{Path(__file__).resolve()}:sevens"])
+    times, lines = run_main(name, flags)
+    seconds = [after - before for before, after in zip(times, times[1:])]
+    row = {"seconds": statistics.median(seconds),
+           "slowest": max(seconds),  # a plan that is built, or a cache that grows
+           "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines[1:])}
+    if name == "sft":
+        flops = sum(3 * forward_flops(config, n // 4, [n - n // 4 + 1], head=True) for n in lengths)
+        row["mfu"] = flops / steps / statistics.mean(seconds) / limits["vendor_gemm"]
+    else:
+        for phase in ("rollout", "update"):
+            key = f"{phase}_tokens_per_s"
+            row[key] = statistics.median(line[key] for line in lines[1:])
+        row["length"] = statistics.median(line["length"] for line in lines)
     return row
 
 
@@ -428,7 +498,7 @@ def main(argv=None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true",
                         help="tiny shapes, to see that everything runs")
-    parser.add_argument("--minutes", type=float, default=8,
+    parser.add_argument("--minutes", type=float, default=10,
                         help="after these, no further row is begun")
     parser.add_argument("--output", type=Path,
                         default=ROOT / "benchmarks" / "results" / "gpu.json")
@@ -464,6 +534,9 @@ def main(argv=None) -> None:
         for name in passes if "scripts" in args.sections else ():
             for size in passes[name]:
                 measure(results, args, "scripts", name, script, *inputs, name, size)
+        for name in ("sft", "grpo") if "mixed" in args.sections else ():
+            measure(results, args, "mixed", name, mixed, shape, device, limits, Path(temporary),
+                    name)
         if "trl" in args.sections and importlib.util.find_spec("trl"):
             trl_section(results, args, *inputs)
         elif "trl" in args.sections:

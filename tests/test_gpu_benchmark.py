@@ -23,14 +23,15 @@ def autocast_of_these_tests_alone(monkeypatch):
 def test_every_section_gives_its_rows(tmp_path):
     output = tmp_path / "gpu.json"
     gpu.main(["--smoke", "--device", "cpu", "--output", str(output),
-              "--sections", "machine", "training", "decoding", "scripts"])
+              "--sections", "machine", "training", "decoding", "scripts", "mixed"])
     results = json.loads(output.read_text())
     rows = results["rows"]
     assert not [row for row in rows if "error" in row]
     assert [(row["section"], row["name"]) for row in rows] == (
         [("machine", "cpu")] + [("training", "dpo tiny")] * 2 + [("training", "reward tiny")] * 2
         + [("decoding", "tiny")] * 2 + [("scripts", "files")]
-        + [("scripts", name) for name in ("dpo", "grpo", "ppo_rlhf") for _ in range(2)])
+        + [("scripts", name) for name in ("dpo", "grpo", "ppo_rlhf") for _ in range(2)]
+        + [("mixed", "sft"), ("mixed", "grpo")])
     for row in rows:
         if row["section"] == "training":
             assert row["packed"] and row["share_of_gemm"] > 0
