@@ -48,9 +48,10 @@ def prepare(directory: Path) -> Path:
 
 
 def run(name: str, directory: Path, **more) -> None:
-    module = importlib.import_module(name.removesuffix("-lora"))
+    script = name.partition("-")[0]  # sft-stopped: another run of sft.py
+    module = importlib.import_module(script)
     flags = dict(learning_rate=3e-5, max_steps=5, micro_batch_size=2, device="cpu")
-    flags |= FLAGS[name] | dict(output_dir=str(directory / name)) | more
+    flags |= FLAGS.get(name, FLAGS[script]) | dict(output_dir=str(directory / name)) | more
     data = flags["dataset"]
     flags["dataset"] = str(directory / f"{data}.jsonl")
     flags["eval_dataset"] = str(directory / f"{data}_heldout.jsonl")

@@ -23,6 +23,11 @@ LONG = {
     "sft": {"max_steps": 20, "save_every": 2, "eval_every": 100},
     "ppo_rlhf": {"max_steps": 4, "save_every": 1, "critic_warmup": 2, "lora_rank": 4},
 }
+STOPPED = {  # after their first checkpoint, by one process, and continued by two
+    "sft-stopped": LONG["sft"] | {"replicas": 2},
+    # only the critic has learnt: the policy's optimizer knows nothing yet
+    "ppo_rlhf-stopped": LONG["ppo_rlhf"],
+}
 
 
 def torchrun(directory, **runs):
@@ -31,12 +36,6 @@ def torchrun(directory, **runs):
                "--directory", str(directory), "--runs", json.dumps(runs)]
     return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
-
-
-def two_processes(directory, **runs):
-    process = torchrun(directory, **runs)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
 
 
 def lines_of(file):
@@ -70,10 +69,25 @@ def assert_equal_runs(one, two, but=()):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
+    """All runs of two processes in one job, beside those of one."""
     one, two = (prepare(tmp_path_factory.mktemp(name)) for name in ("one", "two"))
-    process = torchrun(two, **{name: {} for name in FLAGS})
+    save_checkpoint = harness.Run.save_checkpoint
+
+    def save_and_stop(*state):
+        save_checkpoint(*state)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.Run, "save_checkpoint", save_and_stop)
+        for name, flags in STOPPED.items():
+            with pytest.raises(KeyboardInterrupt):
+                processes.run(name, two, **flags | {"replicas": 1})
+    continued = {name: flags | {"resume": True} for name, flags in STOPPED.items()}
+    process = torchrun(two, **{name: {} for name in FLAGS}, **continued)
     for name in FLAGS:
         processes.run(name, one)
+    for name, flags in LONG.items():
+        processes.run(f"{name}-uninterrupted", one, **flags)
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors[-3000:]
     return one, two
@@ -104,15 +118,13 @@ def test_two_processes_are_one(name, places):
         assert_equal_tensors(load_file(one / file), load_file(two / file))
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    directory = prepare(tmp_path_factory.mktemp("uninterrupted"))
-    for name, flags in LONG.items():
-        processes.run(name, directory, **flags)
-    return directory
+@pytest.mark.parametrize("name", LONG)
+def test_two_processes_continue_where_one_stopped(name, places):
+    one, two = places
+    assert_equal_runs(one / f"{name}-uninterrupted", two / f"{name}-stopped")
 
 
-def test_a_killed_process_ends_the_job_and_one_process_continues(tmp_path, uninterrupted):
+def test_a_killed_process_ends_the_job_and_one_process_continues(tmp_path, places):
     process = torchrun(prepare(tmp_path), sft=LONG["sft"])
     while not (tmp_path / "sft" / "checkpoint" / "state.pt").exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -122,27 +134,7 @@ def test_a_killed_process_ends_the_job_and_one_process_continues(tmp_path, unint
     assert process.returncode != 0
     assert not (tmp_path / "sft" / "results.json").exists()
     processes.run("sft", tmp_path, resume=True, **LONG["sft"])
-    assert_equal_runs(uninterrupted / "sft", tmp_path / "sft")
-
-
-@pytest.mark.parametrize("name, replicas", [("sft", 2), ("ppo_rlhf", 1)])
-def test_two_processes_continue_where_one_stopped(
-    name, replicas, tmp_path, uninterrupted, monkeypatch
-):
-    """PPO stops while only the critic has learnt: the policy's optimizer knows nothing yet."""
-    save_checkpoint = harness.Run.save_checkpoint
-
-    def save_and_stop(*state):
-        save_checkpoint(*state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.Run, "save_checkpoint", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            processes.run(name, prepare(tmp_path), **LONG[name])
-    two_processes(tmp_path, **{name: LONG[name] | {"resume": True, "replicas": replicas}})
-    assert_equal_runs(uninterrupted / name, tmp_path / name)
-
+    assert_equal_runs(places[0] / "sft-uninterrupted", tmp_path / "sft")
 
 
 def test_a_mistake_is_printed_once(tmp_path):
