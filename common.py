@@ -185,10 +185,8 @@ def save_model(model, tokenizer, directory, dtype="float32", start=None) -> None
             kept = sum(int((x.bfloat16() != y.bfloat16()).sum()) for x, y in pairs)
             print(f"--save-dtype bfloat16: {1 - kept / max(1, moved):.1%} of the updates are lost")
         state = {name: x.to(getattr(torch, dtype)) for name, x in state.items()}
-        first = {}  # tied weights stay one tensor, which is written once
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in state:
-                state[name] = state[first.setdefault(id(parameter), name)]
+        for name in model.all_tied_weights_keys:
+            state.pop(name, None)  # another name of a weight that is written already
         model.save_pretrained(directory, state_dict=state)
         model.config.dtype = getattr(torch, dtype)  # not the dtype of the model in memory
         model.config.save_pretrained(directory)
