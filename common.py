@@ -174,7 +174,9 @@ def save_model(model, tokenizer, directory, dtype="float32", start=None) -> None
     bfloat16 halves the files and loses every update below 1/256 of its weight, most of a real
     model's: the share is printed, by comparison with `start`, the model before training.
     """
-    state = full_state_dict(model)
+    reshard(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # whole on the first process alone
     if rank() == 0:
         save_adapters(state, model, Path(directory) / "adapter", start)
         merge_adapters(state, model)
@@ -353,14 +355,6 @@ def reshard(model) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def full_state_dict(model) -> dict:
-    """The whole weights on the CPU of the first process; empty on the others."""
-    reshard(model)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=world_size() > 1)
-    state = get_model_state_dict(model, options=options)
-    return {name: x.detach().cpu() for name, x in state.items()}
 
 
 def mean_over_batch(totals: dict, count: int) -> dict[str, float]:
