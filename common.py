@@ -103,15 +103,12 @@ def check_weights(name: str, model, info: dict, new_head: bool) -> None:
     if new_head:
         missing = {key for key in missing if not key.startswith("score.")}
         unexpected = {key for key in unexpected if not key.startswith("lm_head.")}
-    for prefix in ("_orig_mod.", "module.", "base_model."):  # torch.compile, DDP, peft
-        if any(key.startswith(prefix) for key in unexpected):
-            raise UserError(f"model {name}: the names of its weights begin with {prefix!r}, which "
-                            "a wrapper adds: save the model inside the wrapper")
     if missing or unexpected:
         raise UserError(
             f"model {name}: is no {type(model).__name__}: {len(missing)} weights are missing "
             f"({', '.join(sorted(missing)[:2])}), {len(unexpected)} are unknown "
-            f"({', '.join(sorted(unexpected)[:2])}): give a model of the right kind"
+            f"({', '.join(sorted(unexpected)[:2])}): give a model of the right kind, saved without "
+            "a wrapper (torch.compile, DDP, peft)"
         )
     bits = 0
     for key, weight in model.named_parameters():
