@@ -197,20 +197,20 @@ def save_model(model, tokenizer, directory, dtype="float32", start=None) -> None
 # --- LoRA ---
 
 
-class LoRALinear(torch.nn.Module):
+class LoRALinear(torch.nn.Linear):
     """y = W x + (alpha / rank) B A x (Hu et al. 2021): W is frozen, and B is 0 at the start."""
 
-    def __init__(self, base, rank: int, alpha: float):
-        super().__init__()
-        outputs, inputs = base.weight.shape
-        device = base.weight.device
-        self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        self.lora_A = torch.nn.Parameter(torch.empty(rank, inputs, device=device))
-        self.lora_B = torch.nn.Parameter(torch.zeros(outputs, rank, device=device))
+    def __init__(self, linear, rank: int, alpha: float):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank, self.alpha, self.enabled = rank, alpha, True
+        device = self.weight.device
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.lora_B = torch.nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = self.base(x)
+        y = super().forward(x)
         if self.enabled:
             y = y + self.alpha / self.rank * F.linear(F.linear(x, self.lora_A), self.lora_B)
         return y
@@ -246,13 +246,11 @@ def adapters_off(model):
 
 
 def merge_adapters(state: dict, model) -> None:
-    """In place: W + (alpha / rank) B A, under the names that the weights had before."""
+    """In place: W + (alpha / rank) B A."""
     for layer, adapter in adapters_of(model).items():
         change = state.pop(f"{layer}.lora_B") @ state.pop(f"{layer}.lora_A")
-        weight = state.pop(f"{layer}.base.weight").float()
+        weight = state[f"{layer}.weight"].float()
         state[f"{layer}.weight"] = weight + adapter.alpha / adapter.rank * change
-        if f"{layer}.base.bias" in state:
-            state[f"{layer}.bias"] = state.pop(f"{layer}.base.bias")
 
 
 def save_adapters(state: dict, model, directory: Path, start: str) -> None:
