@@ -316,11 +316,9 @@ def shard(model, args):
         return model
     if world_size() % args.replicas:
         raise UserError(f"--replicas {args.replicas}: does not divide {world_size()} processes")
-    shape, names = (world_size(),), ("shards",)
-    if args.replicas > 1:
-        shape, names = (args.replicas, world_size() // args.replicas), ("replicas", "shards")
-    device = pick_device(args.device).type
-    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
+    device, shape = pick_device(args.device).type, (args.replicas, world_size() // args.replicas)
+    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards"))
+    mesh = mesh if args.replicas > 1 else mesh["shards"]
     policy = MixedPrecisionPolicy(param_dtype=AUTOCAST[device], reduce_dtype=torch.float32)
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     for module in [*layers, model]:
