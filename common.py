@@ -441,12 +441,7 @@ def encode_row(tokenizer, prompt, completion, stops: list[int], tools=None) -> R
         before = render(tokenizer, prompt, tools, continued=True)
         words = prompt[-1]["content"] + completion[0]["content"]
         whole = [*prompt[:-1], {**completion[0], "content": words}]
-        text = render(tokenizer, whole, tools)
-        if text.startswith(before):
-            said = text[len(before):]
-        else:  # the template drops the reasoning that the prompt began
-            said = completion[0]["content"] + marks_around(tokenizer, whole, tools)[1]
-        return row_of_turn(tokenizer, before, said, stops)
+        return encode_turn(tokenizer, before, whole, stops, tools)
     rows = encode_conversation(tokenizer, [*prompt, *completion], stops, tools, len(prompt))
     if len(rows) != 1:
         raise UserError(f"the completion has {len(rows)} turns of the assistant that the chat "
@@ -464,8 +459,13 @@ def encode_conversation(tokenizer, messages, stops, tools=None, first=0) -> list
     for turn in range(first, len(messages)):
         if messages[turn]["role"] != "assistant" or messages[turn].get("weight") == 0:
             continue
-        before, said = split_turn(tokenizer, messages[:turn + 1], tools)
-        row = row_of_turn(tokenizer, before, said, stops)
+        so_far = messages[:turn + 1]
+        if turn > 0:
+            before = render(tokenizer, messages[:turn], tools, begun=True)
+        else:  # nothing to start from but what the template puts before the words
+            texts = render(tokenizer, so_far, tools), render(tokenizer, blanked(so_far), tools)
+            before = os.path.commonprefix(texts)
+        row = encode_turn(tokenizer, before, so_far, stops, tools)
         if rows:
             ids, mask = rows[-1]
             if len(ids) <= row.mask.index(1) and row.ids[:len(ids)] == ids:
@@ -475,35 +475,29 @@ def encode_conversation(tokenizer, messages, stops, tools=None, first=0) -> list
     return rows
 
 
-def row_of_turn(tokenizer, before: str, said: str, stops) -> Row:
+def encode_turn(tokenizer, before: str, messages, stops, tools=None) -> Row:
+    """The text that generation starts from, and a conversation that ends with the assistant -> the
+    ids of both, the mask on what generation writes, up to and including the first stop token."""
+    text = render(tokenizer, messages, tools)
+    if text.startswith(before):
+        said = text[len(before):]
+    else:
+        # The template begins a turn otherwise than it writes a finished one: DeepSeek-R1 opens a
+        # think tag, and later drops the reasoning. Generation writes what `before` has not begun
+        # of the content, then the turn's end.
+        content = messages[-1]["content"]
+        overlap = [n for n in range(2, len(content) + 1) if before.endswith(content[:n])]
+        end = render(tokenizer, blanked(messages), tools).rpartition("\0")[2]
+        said = content[max(overlap, default=0):] + end
     ids = encode_continuation(tokenizer, said)
     stop_at = [t for t, token in enumerate(ids) if token in stops]
     ids = ids[:stop_at[0] + 1] if stop_at else [*ids, tokenizer.eos_token_id]
     return make_row(encode(tokenizer, before), ids)
 
 
-def split_turn(tokenizer, messages, tools=None) -> tuple[str, str]:
-    """A conversation that ends with the assistant -> the text that generation starts from, and
-    what generation then writes."""
-    text, content = render(tokenizer, messages, tools), messages[-1]["content"]
-    if len(messages) == 1:  # nothing to start from but what the template puts before the words
-        before = os.path.commonprefix([text, marks_around(tokenizer, messages, tools)[0]])
-    else:
-        before = render(tokenizer, messages[:-1], tools, begun=True)
-    if text.startswith(before):
-        return before, text[len(before):]
-    # The template begins a turn otherwise than it writes a finished one: DeepSeek-R1 opens a think
-    # tag, and later drops the reasoning. Generation writes the content, then the turn's end.
-    end = marks_around(tokenizer, messages, tools)[1]
-    overlap = [n for n in range(2, len(content) + 1) if before.endswith(content[:n])]
-    return before, content[max(overlap, default=0):] + end
-
-
-def marks_around(tokenizer, messages, tools=None) -> tuple[str, str]:
-    """What the template writes before and after the words of the last message."""
-    text = render(tokenizer, [*messages[:-1], {**messages[-1], "content": "\0"}], tools)
-    before, _, end = text.rpartition("\0")
-    return before, end
+def blanked(messages) -> list[dict]:
+    """A mark for the words of the last message: what surrounds it is the template's."""
+    return [*messages[:-1], {**messages[-1], "content": "\0"}]
 
 
 def render(tokenizer, messages, tools=None, begun=False, continued=False) -> str:
@@ -529,16 +523,13 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def leading_spaces(text: str) -> str:
-    return text[:len(text) - len(text.lstrip(" "))]
-
-
 def encode_continuation(tokenizer, text: str) -> list[int]:
     """A text that continues another: no BOS, and not the space that SentencePiece and
     add_prefix_space put before every text. It is cut off behind an anchor, where they do."""
     context = encode(tokenizer, "a")
     plain = tokenizer.decode(encode(tokenizer, text))  # some tokenizers rewrite characters
-    expected = tokenizer.decode(context) + leading_spaces(text) + plain.lstrip(" ")
+    spaces = text[:len(text) - len(text.lstrip(" "))]
+    expected = tokenizer.decode(context) + spaces + plain.lstrip(" ")
     for anchor in ("", "\n", "a\n", "a:", "a"):
         start = encode(tokenizer, anchor)
         ids = encode(tokenizer, anchor + text)
