@@ -605,17 +605,11 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0) -> torch.
 
 def logits_at(model, input_ids, predicts) -> torch.Tensor:
     """The logits at the marked positions [B, T], row by row -> [N, V]."""
-    inputs, place, packed = forward_inputs(model, input_ids, followed_by(predicts))
-    (keep,) = send(model.device, place[predicts])
+    inputs, at = forward_inputs(model, input_ids, predicts)
     with autocast(model):
-        if packed:
-            return model(**inputs, logits_to_keep=keep).logits[0]
-        return model(**inputs).logits.flatten(0, 1).index_select(0, keep)
-
-
-def followed_by(marked) -> torch.Tensor:
-    """True up to the last marked position of each row: [B, T] -> [B, T]."""
-    return marked.flip(1).cumsum(1).flip(1) > 0
+        if "attention_mask" in inputs:  # packed
+            return model(**inputs, logits_to_keep=at).logits[0]
+        return model(**inputs).logits.flatten(0, 1).index_select(0, at)
 
 
 @torch.no_grad()
@@ -631,11 +625,10 @@ def sequence_logprobs(model, rows, micro_batch_size=None, temperature=1.0) -> to
 
 def states_at(model, input_ids, positions) -> torch.Tensor:
     """The last layer's states at the marked positions [B, T], row by row -> [N, D]."""
-    inputs, place, _ = forward_inputs(model, input_ids, followed_by(positions))
-    (keep,) = send(model.device, place[positions])
+    inputs, at = forward_inputs(model, input_ids, positions)
     trunk = getattr(model, "trunk_states", types.MethodType(trunk_states, model))
     with autocast(model):
-        return trunk(**inputs).flatten(0, 1).index_select(0, keep)
+        return trunk(**inputs).flatten(0, 1).index_select(0, at)
 
 
 def trunk_states(model, **inputs):
@@ -658,9 +651,9 @@ def states_at_end(model, rows: list[Row]) -> torch.Tensor:
 # --- packing: rows without padding, and a shared prompt only once ---
 
 
-def forward_inputs(model, input_ids, needed) -> tuple[dict, torch.Tensor, bool]:
-    """-> forward()'s arguments, where in its flattened result each needed token stands [B, T], and
-    whether rows are packed into one:
+def forward_inputs(model, input_ids, wanted) -> tuple[dict, torch.Tensor]:
+    """-> forward()'s arguments, and where in its flattened result the wanted positions [B, T]
+    stand [N]. Rows are packed into one, up to the last wanted position of each:
 
         rows   x y a b .      packed   x y a b c d e      packed_at   0 1 2 3 .
                x y c d e                                              0 1 4 5 6
@@ -674,10 +667,11 @@ def forward_inputs(model, input_ids, needed) -> tuple[dict, torch.Tensor, bool]:
     sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     sees_all = all(size is None or T <= size for size in sizes)
     if not (sees_all and uses_packing(model)):
-        (ids,) = send(model.device, input_ids)
-        return {"input_ids": ids, "use_cache": False}, torch.arange(B * T).view(B, T), False
+        ids, at = send(model.device, input_ids, wanted.flatten().nonzero().squeeze(1))
+        return dict(input_ids=ids, use_cache=False), at
     rows, columns = torch.arange(B)[:, None], torch.arange(T)
-    needed = needed | (rows + columns == 0)  # at least one token
+    needed = wanted.flip(1).cumsum(1).flip(1) > 0
+    needed[0, 0] = True  # at least one token
     is_repeat = torch.zeros_like(needed)
     is_repeat[1:] = ((input_ids[1:] == input_ids[:-1]) & needed[:-1]).cumprod(1).bool()
     is_new = needed & ~is_repeat
@@ -686,11 +680,11 @@ def forward_inputs(model, input_ids, needed) -> tuple[dict, torch.Tensor, bool]:
     came_from = is_new.flatten().nonzero().squeeze(1)
     came_from = F.pad(came_from, (0, B * T - len(came_from))).view(B, T)
     # transformers hands a 4-D mask to the attention as it is: here it holds the pack's indices.
-    ids, positions, mask = send(model.device, input_ids[is_new][None],
-                                columns.expand(B, T)[is_new][None],
-                                torch.stack([packed_at, came_from])[None])
+    ids, positions, mask, at = send(model.device, input_ids[is_new][None],
+                                    columns.expand(B, T)[is_new][None],
+                                    torch.stack([packed_at, came_from])[None], packed_at[wanted])
     inputs = dict(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
-    return inputs, packed_at, True
+    return inputs, at
 
 
 def packed_attention(module, query, key, value, mask, **kwargs):
@@ -727,8 +721,8 @@ def uses_packing(model) -> bool:
                 ids = rows.to(model.device)
                 alone = torch.cat([trunk_states(model, input_ids=row[None])[0] for row in ids])
                 model.set_attn_implementation("packed")
-                inputs, packed_at, _ = forward_inputs(model, rows, torch.ones_like(rows).bool())
-                packed = trunk_states(model, **inputs)[0][packed_at.flatten()]
+                inputs, at = forward_inputs(model, rows, torch.ones_like(rows).bool())
+                packed = trunk_states(model, **inputs)[0][at]
             error, size = (packed - alone).abs().max(), alone.abs().max()
             PACKING[model] = bool(error <= (0.05 if AUTOCAST.get(ids.device.type) else 1e-3) * size)
         except Exception:  # whatever an architecture does that does not know such attention
