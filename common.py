@@ -817,7 +817,7 @@ def sample(model, prompts, draws, temperature, stops) -> tuple[torch.Tensor, ...
     mask = (torch.arange(longest) >= pads[:, None]).long()
     ids, mask, prompt_of = send(device, ids, mask, torch.arange(P).repeat_interleave(G))
     decode = Decoder(model, longest + L)
-    logits = decode.prefill(ids, mask)[prompt_of]  # [P * G, V]
+    logits = decode(ids, mask)[prompt_of]  # [P * G, V]
     decode.cache.reorder_cache(prompt_of)  # the prompt's keys and values for each completion
     mask = F.pad(mask[prompt_of], (0, L))
     draws = draws.to(device).view(P * G, L)
@@ -842,7 +842,8 @@ def sample(model, prompts, draws, temperature, stops) -> tuple[torch.Tensor, ...
                 decode.cache.reorder_cache(keep)
                 live, token, mask, running = live[keep], token[keep], mask[keep], running[keep]
         mask[:, longest + t] = 1
-        logits = decode.step(token, mask, longest + t)
+        seen = mask if decode.in_place else mask[:, :longest + t + 1]
+        logits = decode(token[:, None], seen)
     return tokens.view(P, G, L), logps.view(P, G, L), lengths.view(P, G)
 
 
@@ -860,8 +861,8 @@ def sample_token(logits, temperature, draw) -> tuple[torch.Tensor, torch.Tensor]
 
 
 class Decoder:
-    """A token per row and step into a cache, which stays where it is in memory unless a layer has
-    a sliding window."""
+    """Forward passes into one cache, which stays where it is in memory unless a layer has a
+    sliding window."""
 
     def __init__(self, model, end: int):
         self.model, self.cache = model, DynamicCache(config=model.config)
@@ -869,17 +870,11 @@ class Decoder:
         if self.in_place:
             self.cache = StaticCache(config=model.config, max_cache_len=end)
 
-    def prefill(self, ids, mask):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    def __call__(self, ids, mask):
+        """ids [B, n] behind those in the cache, mask [B, columns] of all -> logits [B, V]."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        if mask.shape != ids.shape and self.in_place:
+            mask = mask[:, None, None].bool()  # a 2-D mask is read by the host, for every token
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
                          cache=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
-
-    def step(self, token, mask, column: int):
-        """token [B], mask [B, end] up to the token's column -> logits [B, V]."""
-        positions = mask.sum(1, keepdim=True) - 1
-        # A 2-D mask is read by the host, for every token; a 4-D one is used as it is.
-        mask = mask[:, None, None].bool() if self.in_place else mask[:, :column + 1]
-        out = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions,
-                         cache=self.cache, use_cache=True)
         return out.logits[:, -1]
