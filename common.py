@@ -765,7 +765,6 @@ def generate(
     draws = torch.rand(len(prompt_ids), num_samples, max_new_tokens)
     tokens = torch.zeros_like(draws, dtype=torch.long, device=model.device)
     logps = torch.zeros_like(draws, device=model.device)
-    lengths = torch.zeros_like(tokens[:, :, 0])
     longest = max(len(ids) for ids in prompt_ids) + max_new_tokens
     rows_at_once = rows_at_once or rows_in_cache(model, longest)
     own = list(range(rank(), len(prompt_ids), world_size()))
@@ -777,15 +776,16 @@ def generate(
         for start in range(0, len(own), per_pass):
             here = own[start:start + per_pass]
             sampled = sample(model, [prompt_ids[i] for i in here], draws[here], temperature, stops)
-            tokens[here], logps[here], lengths[here] = sampled
+            tokens[here], logps[here] = sampled
     model.train(training)
-    tokens, logps, lengths = [all_reduce(x).cpu().flatten(0, 1) for x in (tokens, logps, lengths)]
+    tokens, logps = [all_reduce(x).cpu().flatten(0, 1) for x in (tokens, logps)]
 
+    is_stop = torch.isin(tokens, stops.cpu())
+    ended = is_stop.any(1)
+    lengths = (is_stop.cumsum(1) == 0).sum(1) + ended  # the stop token is part of the completion
     ids = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     prompt_of = [i // num_samples for i in range(len(ids))]
     rows = [make_row(prompt_ids[i], completion) for i, completion in zip(prompt_of, ids)]
-    stops = stop_ids(model, tokenizer)
-    ended = torch.tensor([completion[-1] in stops for completion in ids])
     # SentencePiece drops the first space of a text: a completion is what it adds to its prompt.
     whole = [row.ids[:-1] if end else row.ids for row, end in zip(rows, ended)]
     whole = tokenizer.batch_decode(whole, skip_special_tokens=True)
@@ -809,8 +809,8 @@ def rows_in_cache(model, length: int) -> int:
 
 def sample(model, prompts, draws, temperature, stops) -> tuple[torch.Tensor, ...]:
     """Ids of P prompts, draws [P, G, L] from [0, 1) -> tokens and their log-probabilities
-    [P, G, L], lengths up to the stop token [P, G]. Each prompt is encoded once, and finished rows
-    are dropped when a quarter is idle."""
+    [P, G, L], of which none behind a stop token counts. Each prompt is encoded once, and finished
+    rows are dropped when a quarter is idle."""
     (P, G, L), device, longest = draws.shape, model.device, max(map(len, prompts))
     pads = torch.tensor([longest - len(ids) for ids in prompts])
     ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
@@ -822,15 +822,12 @@ def sample(model, prompts, draws, temperature, stops) -> tuple[torch.Tensor, ...
     mask = F.pad(mask[prompt_of], (0, L))
     draws = draws.to(device).view(P * G, L)
     tokens, logps = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
-    lengths = torch.full((P * G,), L, device=device)
     live = torch.arange(P * G, device=device)  # whose completion each row of the cache is
     running = torch.ones(P * G, dtype=torch.bool, device=device)
     for t in range(L):
         token, logp = sample_token(logits, temperature, draws[live, t])
         tokens[live, t], logps[live, t] = token, logp
-        stopped = running & torch.isin(token, stops)
-        lengths[live] = torch.where(stopped, t + 1, lengths[live])
-        running = running & ~stopped
+        running = running & ~torch.isin(token, stops)
         if t + 1 == L:
             break
         if device.type != "cuda" or t % 8 == 0:  # to ask a GPU is to wait for it
@@ -844,7 +841,7 @@ def sample(model, prompts, draws, temperature, stops) -> tuple[torch.Tensor, ...
         mask[:, longest + t] = 1
         seen = mask if decode.in_place else mask[:, :longest + t + 1]
         logits = decode(token[:, None], seen)
-    return tokens.view(P, G, L), logps.view(P, G, L), lengths.view(P, G)
+    return tokens.view(P, G, L), logps.view(P, G, L)
 
 
 def sample_token(logits, temperature, draw) -> tuple[torch.Tensor, torch.Tensor]:
