@@ -298,10 +298,8 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
 def prepare_for_training(model, args):
     """Adapters, gradient checkpointing, shards: as the flags say, before the optimizer is made."""
     if args.lora_rank:
-        device = pick_device(args.device).type
-        dtype = AUTOCAST[device] if device == "cuda" else None
-        alpha = args.lora_alpha or args.lora_rank
-        add_adapters(model, args.lora_rank, alpha, dtype or torch.float32)
+        dtype = AUTOCAST.get(pick_device(args.device).type) or torch.float32
+        add_adapters(model, args.lora_rank, args.lora_alpha or args.lora_rank, dtype)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
