@@ -331,7 +331,7 @@ def main(args: Args) -> None:
     bar = progress_bar("evaluate", done, len(names))
     for step in bar:
         name, source = names[step], [args.reference, *args.models][step]
-        if re.search(FILES, source, re.IGNORECASE):
+        if re.search(FILES, source):
             samples, log_ratios = read_completions(source, examples), None
         else:
             samples, log_ratios = sample_policy(source, reference, prompts, args, step)

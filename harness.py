@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
@@ -199,25 +200,25 @@ class Example(dict):
     where = "row"
 
 
+FILES = r"(?i)\.(jsonl|json|csv|parquet)(\.gz)?$"
+
+
 def load_rows(name: str, split: str = "train", flag: str = "--dataset") -> list[Example]:
     """A Hub id, id:config, or a local .jsonl, .json, .csv (also .gz) or .parquet file, or a
     directory -> the rows of a split, or of a part of it such as train[:100]."""
-    path = Path(name)
     parsed = re.fullmatch(r"([\w.-]*)(?:\[(-?\d*)(%?):(-?\d*)(%?)\])?", split)
     if parsed is None:
         raise UserError(f"{flag} {name}: {split!r} is no split: give one such as train[:100]")
-    if path.is_file():
-        splits = {"train": lambda: read_file(path, flag)}
-    elif path.suffix.lower() in (".jsonl", ".json", ".csv", ".gz", ".parquet"):
-        raise UserError(f"{flag} {name}: no such file")
-    else:
-        splits = splits_of(path, flag)
     wanted, first, first_unit, last, last_unit = parsed.groups()
+    splits = find_splits(Path(name), flag)
     if len(splits) == 1:
         wanted = next(iter(splits))
     if wanted not in splits:
         raise UserError(f"{flag} {name}: no split {wanted!r}: choose one of {', '.join(splits)}")
-    rows = splits[wanted]()
+    if isinstance(splits[wanted], list):
+        rows = [row for file in splits[wanted] for row in read_file(file, f"{flag} {file}")]
+    else:
+        rows = numbered(splits[wanted], f"{flag} {name}")
     bounds = []
     for bound, unit in ((first, first_unit), (last, last_unit)):
         bound = int(bound) if bound else None
@@ -230,20 +231,24 @@ def load_rows(name: str, split: str = "train", flag: str = "--dataset") -> list[
     return rows
 
 
-def splits_of(path: Path, flag: str) -> dict:
-    """A directory or a Hub id -> its splits by name, each a function that reads it."""
-    if path.is_dir() and not any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
-        files = [f for f in sorted(path.iterdir()) if re.search(FILES, f.name, re.IGNORECASE)]
-        names = {re.split(r"[-_.]", f.name.lower())[0]: [] for f in files}
-        for file in files:  # train.jsonl, train-00000-of-00002.parquet ...
-            names[re.split(r"[-_.]", file.name.lower())[0]].append(file)
-        if files:
-            return {name: lambda files=files: [row for f in files for row in read_file(f, flag)]
-                    for name, files in names.items()}
+def find_splits(path: Path, flag: str) -> dict:
+    """A path or a Hub id -> its splits by name, each a list of files or a datasets.Dataset."""
+    if path.is_file():
+        return {"train": [path]}
+    saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+    splits = defaultdict(list)
+    if path.is_dir() and not saved:
+        for file in sorted(path.iterdir()):  # train.jsonl, train-00000-of-00002.parquet ...
+            if re.search(FILES, file.name):
+                splits[re.split(r"[-_.]", file.name.lower())[0]].append(file)
+    elif re.search(FILES, path.name):
+        raise UserError(f"{flag} {path}: no such file")
+    if splits:
+        return splits
     import datasets  # here, because it is slow to import
     datasets.disable_progress_bars()
     try:
-        if path.is_dir() and not (path / "data").is_dir():
+        if saved:
             found = datasets.load_from_disk(str(path))
         else:
             found = datasets.load_dataset(*str(path).split(":", 1))
@@ -251,65 +256,52 @@ def splits_of(path: Path, flag: str) -> dict:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{flag} {path}: cannot be read ({cause}): give a Hub id, id:config, or a "
                         ".jsonl, .json, .csv or .parquet file or directory")
-    found = found if isinstance(found, dict) else {"train": found}
-    return {name: lambda rows=rows: numbered(enumerate(rows, 1), f"{flag} {path}")
-            for name, rows in found.items()}
+    return found if isinstance(found, dict) else {"train": found}
 
 
-FILES = r"\.(jsonl|json|csv|parquet)(\.gz)?$"
-
-
-def read_file(path: Path, flag: str) -> list[Example]:
+def read_file(path: Path, where: str) -> list[Example]:
     """Its rows as they are written: no text becomes a number or a date."""
-    kind = re.search(FILES, path.name, re.IGNORECASE)
+    kind = re.search(FILES, path.name)
     if kind is None:
-        raise UserError(f"{flag} {path}: is no .jsonl, .json, .csv or .parquet file")
-    kind, where = kind[1].lower(), f"{flag} {path}"
+        raise UserError(f"{where}: is no .jsonl, .json, .csv or .parquet file")
+    kind = kind[1].lower()
     if kind == "parquet":
         from pyarrow import parquet  # comes with datasets
-        return numbered(enumerate(parquet.read_table(path).to_pylist(), 1), where)
+        return numbered(parquet.read_table(path).to_pylist(), where)
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    csv.field_size_limit(2**31 - 1)
     try:
-        opener = gzip.open if path.suffix.lower() == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if kind == "csv":
+                return numbered(csv.DictReader(file, strict=True), where)
             text = file.read()
+    except csv.Error as error:
+        raise UserError(f"{where}: not a CSV file ({error}): check its quotes")
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise UserError(f"{where}: cannot be read ({error}): write it as UTF-8 text")
-    if kind == "csv":
-        return numbered(enumerate(read_csv(text, where), 1), where)
     if kind == "json":
         with contextlib.suppress(json.JSONDecodeError):
             rows = json.loads(text)
-            return numbered(enumerate(rows if isinstance(rows, list) else [rows], 1), where)
+            return numbered(rows if isinstance(rows, list) else [rows], where)
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}, line {number}: not JSON ({error}): fix or delete it")
+        try:
+            rows.append(json.loads(line) if line.strip() else None)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}, line {number}: not JSON ({error}): fix or delete it")
     return numbered(rows, where)
-
-
-def read_csv(text: str, where: str) -> list[dict]:
-    csv.field_size_limit(2**31 - 1)
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = list(reader)
-    except csv.Error as error:
-        raise UserError(f"{where}: not a CSV file ({error}): check its quotes")
-    for number, row in enumerate(rows, 1):
-        if None in row:
-            raise UserError(f"{where}, row {number}: more fields than the header has columns")
-    return rows
 
 
 def numbered(rows, where: str) -> list[Example]:
     examples = []
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}, row {number}: is {str(row)[:40]!r}: give named columns")
+    for number, row in enumerate(rows, 1):
+        if row is None:  # a blank line
+            continue
+        place = f"{where}, row {number}"
+        if not isinstance(row, dict) or None in row:  # None: csv's name for fields too many
+            raise UserError(f"{place}: {str(row)[:80]}: give every value the name of a column")
         example = Example({name: value for name, value in row.items() if value is not None})
-        example.where = f"{where}, row {number}"
+        example.where = place
         examples.append(example)
     return examples
 
