@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import copy
 import csv
-import errno
 import fcntl
 import gzip
 import hashlib
@@ -165,9 +164,9 @@ def explain(error: Exception) -> str | None:
         return f"out of GPU memory: {smaller}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return f"out of memory: {smaller}"
-    full = "No space left", "File too large", "quota"
-    if any(what in str(error) for what in full):
-        return f"{error}: free the space, or choose another --output-dir"
+    for cause in (error, error.__context__):  # torch.save hides the cause behind its own error
+        if any(what in str(cause) for what in ("No space left", "File too large", "quota")):
+            return f"{cause}: free the space, or choose another --output-dir"
     return str(error) if isinstance(error, OSError) else None
 
 
@@ -859,6 +858,7 @@ class Run:
     """--output-dir: args.json, metrics.jsonl, samples.jsonl, results.json, checkpoint/, the model.
     A run that is killed and started again with --resume writes what it would have written."""
 
+    LOGS = "metrics.jsonl", "samples.jsonl"
     WRITTEN = ("results.json", "config.json", "generation_config.json", "tokenizer.json",
                "tokenizer_config.json", "chat_template.jinja", "model*.safetensors*", "adapter/*",
                "best.jsonl", "pairs.jsonl", "battles.jsonl")
@@ -867,7 +867,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.dir, self.started = args, Path(args.output_dir), time.time()
-        self.checkpoint, self.files = self.dir / "checkpoint" / "state.pt", {}
+        self.checkpoint = self.dir / "checkpoint" / "state.pt"
         self.tensorboard, self.saved = None, None
         self.check_inputs()
         try:
@@ -919,34 +919,37 @@ class Run:
     def start(self, model, optimizer) -> tuple[int, dict]:
         """-> (steps done, the `memory` given to save_checkpoint), with model, optimizer, random
         states and files as they were then; (0, {}) at the beginning of a run."""
-        state = self.saved or {"step": 0, "memory": {}, "lengths": {"metrics": 0, "samples": 0}}
-        if self.saved:
-            for what, value in state["fingerprints"].items():
-                if common.FINGERPRINTS.get(what, value) != value:
-                    raise UserError(f"--resume: {what} has changed since the run was started: "
-                                    "bring it back, or start anew")
-            options = StateDictOptions(full_state_dict=True, strict=False)
-            if optimizer:
-                set_state_dict(model, optimizer, model_state_dict=state["model"],
-                               optim_state_dict=state["optimizer"], options=options)
-                for name, parameter in model.named_parameters():
-                    if name not in state["optimizer"]["state"]:  # torch made its moments up
-                        optimizer.state.pop(parameter, None)
-            set_random_state(state["random"])
-            print(f"resuming {self.dir} after step {state['step']}", flush=True)
-        elif rank() == 0:
-            for pattern in ("checkpoint/*", *self.WRITTEN):
-                for path in self.dir.glob(pattern):
-                    path.unlink()
-            write_json(self.dir / "args.json", asdict(self.args))
-        for name, length in state["lengths"].items():
-            path = self.dir / f"{name}.jsonl" if rank() == 0 else Path(os.devnull)
-            if rank() == 0 and self.saved and (not path.exists() or path.stat().st_size < length):
-                raise UserError(f"--resume: {path} is shorter than the checkpoint says: start anew")
-            self.files[name] = open(path, "ab")
+        state, self.saved = self.saved, None
+        if state is None:
             if rank() == 0:
-                self.files[name].truncate(length)
-        self.saved = None
+                for pattern in ("checkpoint/*", *self.WRITTEN):
+                    for path in self.dir.glob(pattern):
+                        path.unlink()
+                for name in self.LOGS:
+                    (self.dir / name).write_text("")
+                write_json(self.dir / "args.json", asdict(self.args))
+            return 0, {}
+        for what, value in state["fingerprints"].items():
+            if common.FINGERPRINTS.get(what, value) != value:
+                raise UserError(f"--resume: {what} has changed since the run was started: "
+                                "bring it back, or start anew")
+        for name, length in state["lengths"].items():
+            path = self.dir / name
+            if rank() == 0 and (not path.exists() or path.stat().st_size < length):
+                raise UserError(f"--resume: {path} is shorter than the checkpoint says: start anew")
+            if rank() == 0:
+                os.truncate(path, length)
+        if optimizer:
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_state_dict(model, optimizer, model_state_dict=state["model"],
+                           optim_state_dict=state["optimizer"], options=options)
+            for name, parameter in model.named_parameters():
+                if name not in state["optimizer"]["state"]:  # torch made its moments up
+                    optimizer.state.pop(parameter, None)
+        torch.set_rng_state(state["random"].clone())
+        if "gpu_random" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["gpu_random"])
+        print(f"resuming {self.dir} after step {state['step']}", flush=True)
         return state["step"], state["memory"]
 
     def log(self, step: int, phase: str, **metrics) -> None:
@@ -957,20 +960,22 @@ class Run:
                     self.tensorboard.add_scalar(f"{phase}/{name}", value, step)
 
     def write(self, name: str, *rows: dict) -> None:
-        lines = [json.dumps(without_nan(row)) + "\n" for row in rows]
-        self.files[name].write("".join(lines).encode())
-        self.files[name].flush()
+        if rank() == 0:
+            with open(self.dir / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(without_nan(row)) + "\n" for row in rows)
 
     def save_checkpoint(self, step: int, model, optimizer, memory: dict) -> None:
-        state = {"step": step, "memory": memory, "random": random_state(),
-                 "fingerprints": dict(common.FINGERPRINTS), "model": {}, "optimizer": {},
-                 "lengths": {name: file.tell() for name, file in self.files.items()}}
+        state = {"step": step, "memory": memory, "random": torch.get_rng_state(),
+                 "fingerprints": dict(common.FINGERPRINTS)}
+        if torch.cuda.is_available():
+            state["gpu_random"] = torch.cuda.get_rng_state()
         if optimizer:
             common.reshard(model)
             options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True,
                                        cpu_offload=common.world_size() > 1)
             state["model"], state["optimizer"] = get_state_dict(model, optimizer, options=options)
         if rank() == 0:
+            state["lengths"] = {name: (self.dir / name).stat().st_size for name in self.LOGS}
             write_atomically(self.checkpoint, lambda file: torch.save(state, file))
 
     def write_results(self, **results) -> None:
@@ -990,24 +995,9 @@ class Run:
                         f"{len(examples) - 1} others of its batch: {fix}; {saved}")
 
 
-def random_state() -> list[torch.Tensor]:
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *gpu]
-
-
-def set_random_state(state: list[torch.Tensor]) -> None:
-    torch.set_rng_state(state[0].clone())
-    if len(state) > 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[1])
-
-
 def without_nan(value):
-    """JSON knows neither NaN nor Infinity: null in their place."""
-    if isinstance(value, dict):
-        return {key: without_nan(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """As JSON has it, which knows neither NaN nor Infinity: null in their place."""
+    return json.loads(json.dumps(value), parse_constant=lambda constant: None)
 
 
 def write_json(path: Path, value) -> None:
@@ -1018,10 +1008,10 @@ def write_atomically(path: Path, data) -> None:
     """Bytes, or a function that writes them into a file: there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        try:
-            data(file) if callable(data) else file.write(data)
-        except RuntimeError as error:  # what torch.save makes of a full disk
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if callable(data):
+            data(file)
+        else:
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
