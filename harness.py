@@ -26,7 +26,6 @@ from typing import Annotated, Literal, get_args, get_type_hints
 
 import common  # first: it keeps transformers quiet
 import numpy
-import safetensors
 import torch
 import torch.distributed as dist
 import tyro
@@ -119,9 +118,8 @@ def check_numbers(args) -> None:
 
 def run_script(main, args_class) -> None:
     """Parse the command line, call main(args), and print a user's mistake as one line."""
-    own = [name for name in RunArgs.__dataclass_fields__ | TrainArgs.__dataclass_fields__]
     fields = args_class.__dataclass_fields__
-    for name in own:  # --help lists the algorithm's flags first
+    for name in TrainArgs.__dataclass_fields__:  # --help lists the algorithm's flags first
         if name in fields:
             fields[name] = fields.pop(name)
     for stream in (sys.stdout, sys.stderr):
@@ -145,7 +143,7 @@ def run_script(main, args_class) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         message = "interrupted: --resume continues from the last checkpoint"
-    except (UserError, OSError, MemoryError, RuntimeError, safetensors.SafetensorError) as error:
+    except Exception as error:
         message = explain(error)
         lost = store and store.add("mistakes", 0)  # another process has ended, and said why
         if message is None and not lost:
@@ -400,18 +398,17 @@ def tools_of(row: Example):
 
 @dataclass
 class Limits:
-    """What the models that read the rows allow."""
+    """What the model that reads the rows allows."""
 
     max_length: int
     vocabulary: int
 
     @classmethod
-    def of(cls, args, *models):
-        longest = min(window(model) for model in models)
-        if args.max_length is not None and args.max_length > longest:
-            raise UserError(f"--max-length {args.max_length}: the window has {longest} tokens")
-        words = min(model.get_input_embeddings().num_embeddings for model in models)
-        return cls(args.max_length or min(longest, 1024), words)
+    def of(cls, args, model):
+        max_length = args.max_length or min(window(model), 1024)
+        if max_length > window(model):
+            raise UserError(f"--max-length {max_length}: the window has {window(model)} tokens")
+        return cls(max_length, model.get_input_embeddings().num_embeddings)
 
     def check(self, row, room: int):
         """The row, truncated where it is too long. room: tokens that must be left for sampling."""
@@ -453,15 +450,14 @@ def encode_examples(examples, encode, limits: Limits, room=0) -> list[tuple[Exam
 def load_examples(args, encode, limits: Limits, room=0) -> tuple[list, list]:
     """-> training and held-out [(example, rows)]: --eval-dataset, or a tenth of the prompts of
     --dataset. No prompt is on both sides of that tenth."""
-    rows = load_rows(args.dataset, args.split)
-    if args.eval_dataset:
-        held_out = load_rows(args.eval_dataset, args.eval_split, "--eval-dataset")
-        return (encode_examples(rows, encode, limits, room),
-                encode_examples(held_out, encode, limits, room))
-    return hold_out(encode_examples(rows, encode, limits, room), args.seed)
+    encoded = encode_examples(load_rows(args.dataset, args.split), encode, limits, room)
+    if not args.eval_dataset:
+        return hold_out(encoded, args.seed)
+    held_out = load_rows(args.eval_dataset, args.eval_split, "--eval-dataset")
+    return encoded, encode_examples(held_out, encode, limits, room)
 
 
-def hold_out(encoded: list, seed: int, most: int = 500) -> tuple[list, list]:
+def hold_out(encoded: list, seed: int) -> tuple[list, list]:
     prompts = [json.dumps(example.get("prompt", number), default=str)
                for number, (example, _) in enumerate(encoded)]
     different = list(dict.fromkeys(prompts))
@@ -469,7 +465,7 @@ def hold_out(encoded: list, seed: int, most: int = 500) -> tuple[list, list]:
         raise UserError("all rows have the same prompt, and one must be held out: give more rows, "
                         "or an --eval-dataset")
     order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed))
-    size = max(1, min(most, len(different) // 10))
+    size = max(1, min(500, len(different) // 10))
     chosen = {different[i] for i in order[:size].tolist()}
     train = [x for x, prompt in zip(encoded, prompts) if prompt not in chosen]
     return train, [x for x, prompt in zip(encoded, prompts) if prompt in chosen]
@@ -537,12 +533,12 @@ def load_function(flag: str, spec: str):
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
         raise UserError(f"{flag} {spec}: no such file: give FILE.py:function")
-    directory, ours = str(Path(file).resolve().parent), str(ASSETS.parent)
-    sys.path[:] = [p for p in sys.path if p and str(Path(p).resolve()) not in (directory, ours)]
-    sys.path.insert(len(sys.path) if directory == ours else 0, directory)
-    sys.path.append(ours)
-    stem = Path(file).stem
-    stem = f"user_{stem}" if stem in sys.modules else stem
+    directory, stem, ours = Path(file).resolve().parent, Path(file).stem, ASSETS.parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != ours] + [str(ours)]
+    if directory != ours:
+        sys.path.insert(0, str(directory))
+    if stem in sys.modules:
+        stem = f"user_{stem}"
     module_spec = importlib.util.spec_from_file_location(stem, file)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[stem] = module  # dataclasses and process pools look their module up
@@ -557,15 +553,14 @@ def load_function(flag: str, spec: str):
 @contextlib.contextmanager
 def as_guest():
     """What a user's function changes is put back: random states, gradient mode, directory."""
-    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), os.getcwd()
+    state, numpy_state = random.getstate(), numpy.random.get_state()
+    grad_mode = torch.set_grad_enabled(torch.is_grad_enabled())
     try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
+        with torch.random.fork_rng(devices=[]), grad_mode, contextlib.chdir("."):
             yield
     finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        os.chdir(states[3])
+        random.setstate(state)
+        numpy.random.set_state(numpy_state)
 
 
 class TimedOut(BaseException):
@@ -694,11 +689,7 @@ def reward_from_model(args, name: str, chat_template=None):
                 raise UserError(f"{example.where}: prompt and completion have {len(rows[-1].ids)} "
                                 f"tokens, the window of --reward-model {name} is {longest}: lower "
                                 "--max-length or --max-new-tokens")
-        scores = score_all(model, rows, args.micro_batch_size)
-        for example, score in zip(examples, scores.tolist()):
-            if not math.isfinite(score):
-                raise UserError(f"--reward-model {name}: its score of {example.where} is {score}")
-        return scores
+        return score_all(model, rows, args.micro_batch_size)
 
     return reward
 
@@ -795,21 +786,22 @@ def with_se(metrics: dict, name: str, form: str) -> str:
 
 def report(run, evaluation: dict, samples: list[dict], held_out: HeldOut, who="trained") -> None:
     """Write results.json; print five pairs of completions, and reference and trained policy."""
-    before = held_out.reference_samples
+    before, reward_ref = held_out.reference_samples, "-"
     ended = sum(sample["ended"] for sample in before) / len(before)
-    table = {"policy": ("reference", who)}
     if "reward" in evaluation:
         rewards = torch.tensor([sample["reward"] for sample in before]).double()
-        evaluation["reward_ref"] = rewards.mean().item()
-        evaluation["reward_ref_sd"] = rewards.std().item() if len(rewards) > 1 else None
-        sd = f" (sd {rewards.std():.2f})" if len(rewards) > 1 else ""
-        table["reward"] = f"{rewards.mean():.2f}{sd}", with_se(evaluation, "reward", ".2f")
-    table["KL, nats"] = "0", with_se(evaluation, "kl", ".2f")
-    if "reward" in evaluation:
-        table["win rate"] = "50%", with_se(evaluation, "win_rate", ".1%")
-    table["ended"] = f"{ended:.1%}", f"{evaluation['ended']:.1%}"
-    if "share_of_optimum" in evaluation:
-        table["of the optimum"] = "-", f"{evaluation['share_of_optimum']:.1%}"
+        sd = rewards.std().item() if len(rewards) > 1 else math.nan
+        evaluation |= {"reward_ref": rewards.mean().item(), "reward_ref_sd": sd}
+        reward_ref = f"{rewards.mean():.2f} (sd {sd:.2f})"
+    table = {
+        "policy": ("reference", who),
+        "reward": (reward_ref, with_se(evaluation, "reward", ".2f")),
+        "KL, nats": ("0", with_se(evaluation, "kl", ".2f")),
+        "win rate": ("50%", with_se(evaluation, "win_rate", ".1%")),
+        "ended": (f"{ended:.1%}", with_se(evaluation, "ended", ".1%")),
+        "of the optimum": ("-", with_se(evaluation, "share_of_optimum", ".1%")),
+    }
+    known = {name: cells for name, cells in table.items() if cells[1] != "-"}
     run.write_results(**evaluation)
     for pair in list(zip(before, samples))[:5]:
         prompt = pair[0]["prompt"]
@@ -818,7 +810,7 @@ def report(run, evaluation: dict, samples: list[dict], held_out: HeldOut, who="t
             reward = f"{sample['reward']:+.2f} " if "reward" in sample else ""
             print(f"  {name:9} {reward}|{sample['completion'][:400]}")
     print(f"\n{len(samples)} held-out prompts, one completion each:")
-    print_table([list(table), *zip(*table.values())])
+    print_table([list(known), *zip(*known.values())])
     print(f"saved to {run.dir}")
 
 
