@@ -230,7 +230,7 @@ def load_rows(name: str, split: str = "train", flag: str = "--dataset") -> list[
 
 def find_splits(path: Path, flag: str) -> dict:
     """A path or a Hub id -> its splits by name, each a list of files or a datasets.Dataset."""
-    if path.is_file():
+    if path.is_file() and re.search(FILES, path.name):
         return {"train": [path]}
     saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
     splits = defaultdict(list)
@@ -258,10 +258,7 @@ def find_splits(path: Path, flag: str) -> dict:
 
 def read_file(path: Path, where: str) -> list[Example]:
     """Its rows as they are written: no text becomes a number or a date."""
-    kind = re.search(FILES, path.name)
-    if kind is None:
-        raise UserError(f"{where}: is no .jsonl, .json, .csv or .parquet file")
-    kind = kind[1].lower()
+    kind = re.search(FILES, path.name)[1].lower()
     if kind == "parquet":
         from pyarrow import parquet  # comes with datasets
         return numbered(parquet.read_table(path).to_pylist(), where)
@@ -838,9 +835,8 @@ def speeds(rollout, times: list[float], updates: int = 1) -> dict:
 
 
 def progress_bar(name: str, start: int, total: int) -> tqdm:
-    interval = 0.5 if sys.stdout.isatty() else 10
     return tqdm(range(start, total), initial=start, total=total, desc=name, file=sys.stdout,
-                mininterval=interval)
+                mininterval=0.5 if sys.stdout.isatty() else 10)
 
 
 # --- run directory ---
