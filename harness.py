@@ -502,8 +502,7 @@ def different_prompts(encoded, args, model) -> list[tuple[Example, list[int]]]:
     --max-new-tokens -> [(example, ids)]."""
     found, room = {}, window(model) - args.max_new_tokens
     for example, (row, *_) in encoded:
-        prompt_length = row.mask.index(1) if 1 in row.mask else len(row.ids)
-        ids = row.ids[:prompt_length]
+        ids = row.ids[:(row.mask + [1]).index(1)]  # a prompt alone has no 1
         if len(ids) <= room:
             found.setdefault(tuple(ids), (example, ids))
     if not found:
@@ -573,8 +572,7 @@ def time_limit(seconds: float):
         if not finished.is_set():
             raise TimedOut
 
-    def watch():
-        wait = seconds
+    def watch(wait=seconds):
         while not finished.wait(wait):
             signal.pthread_kill(main, signal.SIGUSR1)
             wait = 0.1
@@ -650,15 +648,13 @@ def reward_from_function(args, spec: str, optional=False):
         if len(values) != len(examples):
             raise UserError(f"{flag} {spec} returned {len(values)} numbers for {len(examples)} "
                             "completions: return one for each")
-        rewards = torch.zeros(len(examples))
         for i, (example, value) in enumerate(zip(examples, values)):
             if value is None and optional:
-                value = math.nan
+                values[i] = math.nan
             elif not isinstance(value, (int, float, numpy.number)) or not math.isfinite(value):
                 raise UserError(f"{flag} {spec} returned {value!r} for {example.where}, completion "
                                 f"{completions[i][:80]!r}: return a finite number")
-            rewards[i] = float(value)
-        return all_reduce(rewards)
+        return all_reduce(torch.tensor(values, dtype=torch.float32))
 
     return reward
 
@@ -718,8 +714,7 @@ class HeldOut:
 def evaluate_policy(policy, held_out: HeldOut, args, step: int, policy_prompts=None):
     """One completion per held-out prompt -> (metrics, samples): KL(pi || pi_ref) in nats per
     completion and, where there is a reward, its mean and the win rate against the reference's
-    completions. policy_prompts: ids for the policy, where it reads others than the reference.
-    """
+    completions. policy_prompts: ids for the policy, where it reads others than the reference."""
     examples, prompt_ids = zip(*held_out.prompts)
     with torch.random.fork_rng(devices=[]):  # an evaluation must not change what training draws
         torch.manual_seed(args.seed + 1000 * step)
@@ -733,9 +728,9 @@ def evaluate_policy(policy, held_out: HeldOut, args, step: int, policy_prompts=N
     metrics = {"ended": rollout.ended.float().mean().item()}
     metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
     samples = []
-    for example, completion, end in zip(examples, rollout.completions, rollout.ended.tolist()):
-        sample = {"step": step, "prompt": example["prompt"], "completion": completion}
-        samples.append(sample | {"ended": end})
+    for example, text, ended in zip(examples, rollout.completions, rollout.ended.tolist()):
+        prompt = example["prompt"]
+        samples.append({"step": step, "prompt": prompt, "completion": text, "ended": ended})
     if held_out.reward:
         rewards = held_out.reward(examples, rollout.completions, rollout.completion_ids)
         for sample, reward in zip(samples, rewards.tolist()):
