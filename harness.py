@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Annotated, Literal, get_args, get_type_hints
 
 import common  # first: it keeps transformers quiet
 import numpy
+import pyarrow.parquet  # comes with datasets
 import torch
 import torch.distributed as dist
 import tyro
@@ -259,20 +261,19 @@ def find_splits(path: Path, flag: str) -> dict:
 def read_file(path: Path, where: str) -> list[Example]:
     """Its rows as they are written: no text becomes a number or a date."""
     kind = re.search(FILES, path.name)[1].lower()
-    if kind == "parquet":
-        from pyarrow import parquet  # comes with datasets
-        return numbered(parquet.read_table(path).to_pylist(), where)
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     csv.field_size_limit(2**31 - 1)
     try:
+        if kind == "parquet":
+            return numbered(pyarrow.parquet.read_table(path).to_pylist(), where)
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             if kind == "csv":
                 return numbered(csv.DictReader(file, strict=True), where)
             text = file.read()
     except csv.Error as error:
         raise UserError(f"{where}: not a CSV file ({error}): check its quotes")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{where}: cannot be read ({error}): write it as UTF-8 text")
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:  # pyarrow's: ValueError
+        raise UserError(f"{where}: cannot be read ({error}): write it anew, text as UTF-8")
     if kind == "json":
         with contextlib.suppress(json.JSONDecodeError):
             rows = json.loads(text)
