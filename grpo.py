@@ -9,33 +9,27 @@ printed for DeepSeek-R1 (Guo et al. 2025):
     A_i      = (r_i - mean(r_1 ... r_G)) / std(r_1 ... r_G)                                     (3)
 
 with rho_i = pi_theta(o_i|q) / pi_old(o_i|q), the ratio of whole completions: `--ratio sequence`.
-DeepSeekMath (Shao et al. 2024), where the method comes from and whose form is in common use, has a
-ratio and a D for each *token* and their mean over the tokens of each completion, its equations (3)
-and (4): `--ratio token --loss-type grpo`, the default here. The variants:
+DeepSeekMath (Shao et al. 2024), where the method comes from, has a ratio and a D for each *token*
+and their mean over the tokens of each completion, its equations (3) and (4). That form is in
+common use, and the default here. The variants:
 
-    --loss-type grpo       mean over each completion's tokens, then over completions: DeepSeekMath
-                           (3), and (1) here
-    --loss-type dapo       mean over all tokens of the update: DAPO (Yu et al. 2025), which also has
-                           `--clip-high 0.28`
-    --loss-type dr_grpo    sum over tokens / (completions x --max-new-tokens), a constant; with
-                           `--no-scale` it is Dr. GRPO (Liu et al. 2025), whose gradient is the
-                           plain policy gradient
+    --loss-type dapo       mean over all tokens: DAPO (Yu et al. 2025), with `--clip-high 0.28`
+    --loss-type dr_grpo    sum over tokens / a constant: Dr. GRPO (Liu et al. 2025), with
+                           `--no-scale`; its gradient is the plain policy gradient
     --ratio sequence       (1) to the letter: a long completion's ratio soon leaves the clip range
     --ratio gspo           rho_i^(1 / tokens): GSPO (Zheng et al. 2025), equation (7)
     --ratio cispo          clip(rho) A log pi, rho without gradient: no token drops out. CISPO of
                            MiniMax-M1 (2025), equations (4) and (5)
     --baseline leave-one-out   A_i = r_i - mean of the others: RLOO (Ahmadian et al. 2024)
     --baseline batch       mean and deviation over the batch: REINFORCE++ (Hu 2025)
-    --kl k2                D = log(pi_theta / pi_ref)^2 / 2
     --kl reward            r_i - beta log(pi_old / pi_ref) in place of r_i, and no D: RLOO's, PPO's
 
 Where they converge (`experiments/fixed_points.py` shows it by enumeration): with `--kl reward`
 every baseline, ratio and loss type lands on pi* = pi_ref exp(r / beta) / Z, where all advantages
 are 0. With D in the loss only `--ratio sequence --no-scale` does, with `--kl k2` or
 `--kl-correction`, and `--baseline group` makes beta there G / (G - 1) times as large. `--scale`
-makes it beta times the rewards' deviation. k3 alone lands on beta pi_ref / (beta + E[r] - r): it
-is no more than beta away from the highest reward. A D of tokens does not see what a token does to
-the KL of those after it.
+makes it beta times the rewards' deviation. k3 alone lands on beta pi_ref / (beta + E[r] - r). A D
+of tokens does not see what a token does to the KL of those after it.
 
     python grpo.py                                          # sums: right 30% of the time, then 96%
     python grpo.py --beta 0.04 --kl-correction              # stay close to the reference
@@ -44,8 +38,7 @@ the KL of those after it.
         --prompt-column question --reward-fn assets/rewards.py:final_number \\
         --max-new-tokens 300 --learning-rate 1e-6
 
-Data: prompts in `--prompt-column` (texts or lists of messages). Every further column reaches the
-reward function by its name.
+Data: prompts, texts or lists of messages. Further columns reach the reward function by name.
 """
 
 import time
@@ -54,6 +47,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from common import (
     Row, UserError, adapters_off, all_reduce, clip_gradients, generate, load_policy,
@@ -128,16 +122,13 @@ class Args(TrainArgs):
 
 
 def group_advantages(rewards, group_size, scale=True, baseline="group"):
-    """Equation (3): rewards [B], groups one after the other -> advantages [B]; scale=False: only
-    the mean is subtracted.
+    """Equation (3): rewards [B], groups one after the other -> advantages [B].
 
-    leave-one-out: the mean of the others, which is G / (G - 1) times the distance to that of all.
-    batch: everything is one group. The standard deviation is the unbiased one, plus 1e-4. Equal
-    rewards give exactly 0: rounding errors of their differences would be amplified by up to 1e4.
+    leave-one-out: the distance to the mean of the others is G / (G - 1) times that to all's. The
+    standard deviation is the unbiased one, plus 1e-4. Equal rewards give exactly 0: rounding
+    errors of their differences would be amplified by up to 1e4.
     """
-    groups = rewards.view(-1, group_size)  # [prompts, G]
-    if baseline == "batch":
-        groups = rewards.view(1, -1)
+    groups = rewards.view(-1, len(rewards) if baseline == "batch" else group_size)  # [prompts, G]
     advantages = groups - groups.mean(1, keepdim=True)
     if baseline == "leave-one-out":
         advantages = advantages * group_size / (group_size - 1)
@@ -154,11 +145,8 @@ def rewards_with_kl(rewards, logps, ref_logps, mask, beta):
 
 
 def kl_k3(logps, ref_logps):
-    """Equation (2) for each element: pi_ref / pi - log(pi_ref / pi) - 1, never negative (nats).
-
-    Its expectation under pi is KL(pi || pi_ref), but that of its gradient is the gradient of
-    KL(pi_ref || pi): --kl-correction puts that right.
-    """
+    """Equation (2) for each element (nats). Its expectation under pi is KL(pi || pi_ref), but that
+    of its gradient is the gradient of KL(pi_ref || pi): --kl-correction puts that right."""
     log_ratio = ref_logps - logps
     return log_ratio.exp() - log_ratio - 1
 
@@ -170,13 +158,13 @@ def kl_k2(logps, ref_logps):
 
 
 def whole_completions(logps, mask):
-    """log-probabilities of tokens [B, T] -> of their completion, at each of its tokens [B, T]."""
+    """Log-probabilities of tokens -> of their completion, at each of its tokens: [B, T]."""
     return (logps * mask).sum(1, keepdim=True) * mask
 
 
 def ratios(logps, old_logps, mask, ratio):
-    """rho at each token, [B, T]: its own (token, cispo), that of its completion (sequence), or the
-    geometric mean over the completion's tokens (gspo)."""
+    """rho at each token, [B, T]: its own (token, cispo), its completion's (sequence), or the
+    geometric mean over its completion (gspo)."""
     log_ratio = (logps - old_logps) * mask
     if ratio in ("sequence", "gspo"):
         log_ratio = whole_completions(log_ratio, mask)
@@ -199,7 +187,7 @@ def grpo_loss(
     dapo     sum_i sum_t loss_it / total,              total = tokens of all completions
     dr_grpo  sum_i sum_t loss_it / total,              total = completions x longest allowed
 
-    `total` is that of these rows unless it is given: micro-batches share the update's.
+    `total` is that of these rows unless micro-batches share the update's.
     """
     mask = mask.to(logps.dtype)
     logps, ref_logps = logps * mask, ref_logps * mask
@@ -247,40 +235,40 @@ class Experience:
 
 
 def rows_to_learn_from(advantages, mask, beta) -> list[int]:
-    """Where neither advantage nor KL has a gradient, a row needs no pass: with beta 0, all of a
-    group whose rewards are equal. One row for each process always stays."""
+    """With beta 0, a group whose rewards are equal has no gradient: its rows need no pass. One row
+    for each process always stays."""
     learn = (mask.any(1) & ((advantages != 0) | (beta > 0))).long()
     order = learn.argsort(descending=True, stable=True)
     return order[:max(int(learn.sum()), world_size())].tolist()
 
 
-def neighbours(rows: list[Row], indices, args: Args, budget: int) -> list[list[int]]:
-    """Micro-batches of these rows. Completions of one prompt, and equal ones, are side by side:
-    what a row shares with the one before is computed once."""
+def forward_passes(model, rows: list[Row], indices, width: int, args: Args):
+    """Yields for each micro-batch the indices of its rows, and log pi of their tokens [b, width].
+
+    Completions of one prompt, and equal ones, are side by side: what a row shares with the one
+    before is computed once.
+    """
     indices = sorted(indices, key=lambda i: rows[i].ids)
     prompts = [tuple(rows[i].ids[:rows[i].mask.index(1)]) for i in indices]
     longest = defaultdict(int)
     for prompt, i in zip(prompts, indices):
         longest[prompt] = max(longest[prompt], len(rows[i].ids))
-    groups = micro_batches([longest[p] for p in prompts], args.micro_batch_size, budget)
-    return [[indices[j] for j in group] for group in groups]
-
-
-def completion_logprobs(model, rows: list[Row], width: int, temperature: float):
-    """-> [len(rows), width], as wide as the whole rollout's."""
-    logps = token_logprobs(model, *pad_rows(rows), temperature)
-    return torch.nn.functional.pad(logps, (0, width - logps.shape[1]))
+    lengths = [longest[prompt] for prompt in prompts]
+    for group in micro_batches(lengths, args.micro_batch_size, token_budget(model)):
+        (at,) = send(model.device, torch.tensor([indices[j] for j in group]))
+        input_ids, mask = pad_rows([rows[indices[j]] for j in group])
+        logps = token_logprobs(model, input_ids, mask, args.temperature)
+        yield at, F.pad(logps, (0, width - logps.shape[1]))
 
 
 @torch.no_grad()
 def rollout_logprobs(model, rollout, args: Args) -> torch.Tensor:
     """log pi of the sampled tokens -> [B, T]."""
-    logps = torch.zeros_like(rollout.logps)
-    everything = range(len(rollout.rows))
-    for group in neighbours(rollout.rows, everything, args, token_budget(model)):
-        rows, (at,) = [rollout.rows[i] for i in group], send(logps.device, torch.tensor(group))
-        logps[at] = completion_logprobs(model, rows, logps.shape[1], args.temperature)
-    return all_reduce(logps)
+    all_logps = torch.zeros_like(rollout.logps)
+    width, everything = all_logps.shape[1], range(len(rollout.rows))
+    for at, logps in forward_passes(model, rollout.rows, everything, width, args):
+        all_logps[at] = logps
+    return all_reduce(all_logps)
 
 
 def add_gradients(policy, experience: Experience, args: Args):
@@ -291,9 +279,7 @@ def add_gradients(policy, experience: Experience, args: Args):
     """
     e, loss = experience, torch.zeros((), device=policy.device)
     all_logps = torch.zeros_like(e.ref_logps)
-    for group in neighbours(e.rows, e.indices, args, token_budget(policy)):
-        rows, (at,) = [e.rows[i] for i in group], send(policy.device, torch.tensor(group))
-        logps = completion_logprobs(policy, rows, e.mask.shape[1], args.temperature)  # [b, T]
+    for at, logps in forward_passes(policy, e.rows, e.indices, e.mask.shape[1], args):
         old_logps = logps.detach() if e.old_logps is None else e.old_logps[at]
         part = grpo_loss(
             logps, old_logps, e.ref_logps[at], e.advantages[at], e.mask[at],
@@ -323,9 +309,9 @@ def update(policy, optimizer, experience: Experience, run: Run, step: int) -> di
 
 
 def ratio_metrics(logps, experience: Experience, args: Args) -> dict:
-    """Mean ratio, and the shares of tokens where clipping changes the loss: it leaves them without
-    a gradient, or in CISPO with a smaller or larger one."""
-    e, (at,) = experience, send(logps.device, torch.tensor(experience.indices))
+    """Mean ratio, and the shares of tokens that clipping leaves without a gradient, or in CISPO
+    with a smaller or larger one."""
+    e, at = experience, experience.indices
     mask = e.mask[at]
     ratio = ratios(logps[at], e.old_logps[at], mask, args.ratio)
     positive, is_weight = (e.advantages[at] > 0)[:, None], args.ratio == "cispo"
@@ -342,15 +328,12 @@ def ratio_metrics(logps, experience: Experience, args: Args) -> dict:
 
 
 def load_rewards(args: Args, chat_template):
-    """-> reward(examples, completions, completion_ids) -> [n, functions], NaN where a function
+    """-> rewards_of(examples, completions, completion_ids) -> [n, functions], NaN where a function
     does not apply; and the functions' weights."""
-    if not (args.reward_fn or args.reward_model):
+    functions = [load_reward(args, spec, args.reward_model, chat_template, optional=True)
+                 for spec in args.reward_fn or [None]]
+    if functions == [None]:
         raise UserError("no reward: give --reward-fn FILE.py:function or --reward-model")
-    if args.reward_fn and args.reward_model:
-        raise UserError("--reward-fn and --reward-model: give one of them")
-    functions = [load_reward(args, spec, optional=True) for spec in args.reward_fn]
-    if args.reward_model:
-        functions = [load_reward(args, None, args.reward_model, chat_template)]
     weights = torch.tensor(args.reward_weights or [1.0] * len(functions))
     if len(weights) != len(functions):
         raise UserError(f"--reward-weights: {len(weights)} for {len(functions)} reward functions")
@@ -374,18 +357,20 @@ def weighted_sum(rewards, weights, examples):
 def pass_rates(policy, held_out: HeldOut, args: Args, step: int) -> dict:
     """pass@1 and pass@k from k completions of each prompt, and the accuracy of greedy ones."""
     examples, prompt_ids = zip(*held_out.prompts)
-    k, tokenizer = args.eval_samples, held_out.tokenizer
+
+    def passed(num_samples, temperature):
+        rollout = generate(policy, held_out.tokenizer, prompt_ids, num_samples,
+                           args.max_new_tokens, temperature)
+        repeated = [example for example in examples for _ in range(num_samples)]
+        rewards = held_out.reward(repeated, rollout.completions, rollout.completion_ids)
+        return (rewards >= args.pass_reward).float().view(-1, num_samples)  # [prompts, k]
+
     with torch.random.fork_rng(devices=[]):  # must not change what training draws
         torch.manual_seed(args.seed + 1000 * step + 500)
-        sampled = generate(policy, tokenizer, prompt_ids, k, args.max_new_tokens, args.temperature)
-        greedy = generate(policy, tokenizer, prompt_ids, 1, args.max_new_tokens, 0.0)
-    repeated = [example for example in examples for _ in range(k)]
-    rewards = held_out.reward(repeated, sampled.completions, sampled.completion_ids)
-    passed = (rewards >= args.pass_reward).float().view(-1, k)  # [prompts, k]
-    rewards = held_out.reward(examples, greedy.completions, greedy.completion_ids)
-    pass_at_1, se = mean_and_se(passed.mean(1))
-    return {"pass_at_1": pass_at_1, "pass_at_1_se": se, "pass_at_k": passed.amax(1).mean().item(),
-            "k": k, "greedy_accuracy": (rewards >= args.pass_reward).float().mean().item()}
+        sampled, greedy = passed(args.eval_samples, args.temperature), passed(1, 0.0)
+    pass_at_1, se = mean_and_se(sampled.mean(1))
+    return {"pass_at_1": pass_at_1, "pass_at_1_se": se,
+            "pass_at_k": sampled.amax(1).mean().item(), "greedy_accuracy": greedy.mean().item()}
 
 
 def evaluate(policy, held_out: HeldOut, run: Run, step: int):
@@ -423,21 +408,19 @@ def rollout_metrics(rollout, rewards, total, experience: Experience, args: Args)
     groups = total.view(-1, args.samples_per_prompt)
     gap = (e.old_logps - rollout.logps) * (e.old_logps != 0)  # 0: a row that was not learnt from
     metrics = {
-        "entropy": -rollout.logps.sum() / lengths.sum(),
-        "sampling_gap": gap.abs().max(),
-    }
-    if args.beta:
-        kl = kl_k3(rollout.logps, e.ref_logps) * rollout.completion_mask.to(e.mask.device)
-        metrics["kl"] = kl.sum(1).mean()  # nats per completion, truncated ones included
-    host = {
         "reward": total.mean(),
         "zero_variance": (groups == groups[:, :1]).all(1).float().mean(),
         "length": lengths.mean(),
-        "ended": rollout.ended.float().mean(),
+        "ended": rollout.ended.float().mean(),  # by themselves: the others are truncated
+        "entropy": -rollout.logps.sum().cpu() / lengths.sum(),
+        "sampling_gap": gap.abs().max().cpu(),
     }
-    if rewards.shape[1] > 1:
-        host |= {f"reward_{i}": reward for i, reward in enumerate(rewards.nanmean(0), 1)}
-    return to_floats(metrics) | to_floats(host)
+    if args.beta:
+        kl = kl_k3(rollout.logps, e.ref_logps).cpu() * rollout.completion_mask
+        metrics["kl"] = kl.sum(1).mean()  # nats per completion, truncated ones included
+    if len(args.reward_fn) > 1:
+        metrics |= {f"reward_{i}": reward for i, reward in enumerate(rewards.nanmean(0), 1)}
+    return to_floats(metrics)
 
 
 def check_args(args: Args) -> None:
@@ -453,8 +436,8 @@ def check_args(args: Args) -> None:
     if args.kl_correction and args.ratio == "gspo":
         raise UserError("--kl-correction: --ratio gspo, a geometric mean, corrects no expectation")
     if args.ratio == "sequence" and args.loss_type != "grpo":
-        raise UserError(f"--ratio sequence: completions have one loss each, and --loss-type "
-                        f"{args.loss_type} would count it once per token: give grpo")
+        raise UserError(f"--ratio sequence: --loss-type {args.loss_type} would count the loss of a "
+                        "completion once per token: give grpo")
 
 
 def main(args: Args) -> None:
@@ -474,12 +457,10 @@ def main(args: Args) -> None:
 
     held_out = HeldOut(eval_prompts, reward, reference, tokenizer)
     plan = batches(len(prompts), args.batch_size, args.epochs, args.max_steps, args.seed)
-    print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {len(plan)} rollouts of "
-          f"{args.batch_size} x {args.samples_per_prompt} completions", flush=True)
+    print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {len(plan)} rollouts", flush=True)
 
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+    parameters, betas = policy.parameters(), (0.9, 0.95)
+    optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=0.0, fused=True)
     done, memory = run.start(policy, optimizer)
     if done == 0:
         memory["before"], memory["samples"] = evaluate(policy, held_out, run, 0)
