@@ -5,27 +5,23 @@ term:
 
     max_theta  E_{x, y ~ pi_theta} [ r(x, y) ] - beta KL(pi_theta(y|x) || pi_ref(y|x))          (1)
 
-The tokens of a completion are the actions, and the KL is charged token by token: the reward of
-token t is
+The tokens of a completion are the actions, and the KL is charged token by token, as the reward
 
     R_t = -beta log(pi_old(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)) + [t is the last] r(x, y)    (2)
 
-which sums to r - beta times the log-ratio of the whole. A critic V gives advantages, Schulman et
-al. (2015), (16):
+A critic V gives advantages, Schulman et al. (2015), (16):
 
     A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = R_t + gamma V_{t+1} - V_t,
     return_t = A_t + V_t                                                                        (3)
 
-and policy and critic follow the clipped losses of PPO, Schulman et al. (2017), equation (7), and
-of its code:
+and policy and critic follow the clipped losses of PPO, Schulman et al. (2017), equation (7), and,
+in (5), of its code:
 
     L_pi = -E[ min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) ],   rho_t = pi_theta / pi_old (4)
-    L_V  = 1/2 E[ max((V_t - return_t)^2, (clip(V_t, V_old,t - eps, V_old,t + eps) - return_t)^2) ]
-                                                                                                (5)
+    L_V  = 1/2 E[ max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2) ]         (5)
 
-The optimum of (1) is pi* = pi_ref exp(r / beta) / Z; the tests check PPO against it by enumeration.
-At pi* every advantage is 0, and scaling amplifies the noise that is left: only the decay of the
-learning rate to 0 lets PPO settle there.
+The optimum of (1) is pi* = pi_ref exp(r / beta) / Z. There every advantage is 0, and scaling
+amplifies the noise that is left: only the decay of the learning rate to 0 lets PPO settle.
 
     python ppo_rlhf.py                     # tiny-rm rewards tiny-sft, the truth judges: 0.0 -> 2.6
     python ppo_rlhf.py --beta 1            # closer to the reference
@@ -57,8 +53,7 @@ Left out: pretraining gradients (O), whitening or scaling of rewards (Z: they ch
 entropy bonus (37: (1) has one, beta), Adam's epsilon and TensorFlow's bias (N), rejection of
 samples (Z).
 
-Data: prompts in `--prompt-column` (texts or lists of messages). Every further column reaches the
-reward function by its name.
+Data: prompts, texts or lists of messages. Further columns reach the reward function by name.
 """
 
 import time
@@ -136,8 +131,6 @@ class Args(TrainArgs):
     """temperature of the completions, and of all log-probabilities"""
     eval_every: Count = 25
     """steps between held-out evaluations"""
-    save_every: Count = 25
-    """steps between checkpoints"""
     output_dir: str = "runs/ppo_rlhf"
 
 
@@ -145,8 +138,8 @@ class Args(TrainArgs):
 
 
 def kl_rewards(scores, logps, ref_logps, mask, beta):
-    """Equation (2): scores [B], logps, ref_logps, mask [B, T] -> rewards [B, T], which sum to
-    r - beta log-ratio."""
+    """Equation (2): scores [B], logps, ref_logps, mask [B, T] -> rewards [B, T], whose sum is
+    r - beta log-ratio of the whole completion."""
     rewards = (-beta * (logps - ref_logps)).masked_fill(~mask.bool(), 0.0)
     last = mask.shape[1] - 1 - mask.long().flip(1).argmax(1)  # by index: pad may be EOS
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
@@ -263,7 +256,7 @@ def update_plan(rows: list[Row], args: Args, budget: int) -> list[tuple[list, li
 @torch.no_grad()
 def score_experience(networks, reference, rollout, plan, args: Args) -> Experience:
     """By the forward passes of the first epoch: the ratio of its first mini-batch is then exactly
-    1, which log-probabilities computed token by token, the rollout's, would miss by rounding."""
+    1, which the rollout's log-probabilities, computed token by token, would miss by rounding."""
     policy, critic = networks["policy"], networks["critic"]
     logps, ref_logps, values = [torch.zeros_like(rollout.logps) for _ in range(3)]
     for _, groups in plan[:len(plan) // args.ppo_epochs]:
@@ -309,13 +302,12 @@ def add_gradients(policy, critic, experience: Experience, mini_batch, args: Args
         (loss + loss_v).backward()
         with torch.no_grad():
             log_ratio = (logps - old_logps) * mask
-            ratio, moved = log_ratio.exp(), (values - old_values).abs()
+            ratio = log_ratio.exp()
             totals["loss"] += loss * tokens
             totals["value_loss"] += loss_v * tokens
             totals["ratio"] += (ratio * mask).sum()
             totals["clip_fraction"] += (((ratio - 1).abs() > args.clip) * mask).sum()
             totals["update_kl"] += ((ratio - 1 - log_ratio) * mask).sum()  # k3
-            totals["value_clip_fraction"] += ((moved > (args.clip_value or torch.inf)) * mask).sum()
     return mean_over_batch(totals, tokens)
 
 
@@ -352,7 +344,7 @@ def explained_variance(values, returns, mask) -> torch.Tensor:
 
 
 def evaluate(policy, held_out: HeldOut, proxy, run: Run, step: int):
-    """The judge's reward, and beside it the reward that is trained on (proxy)."""
+    """By the judge (gold), and beside it by the reward that is trained on (proxy)."""
     metrics, samples = evaluate_policy(policy, held_out, run.args, step)
     metrics["proxy_reward"] = metrics["reward"]
     if proxy is not held_out.reward:
@@ -366,33 +358,34 @@ def evaluate(policy, held_out: HeldOut, proxy, run: Run, step: int):
 
 def step_metrics(rollout, experience: Experience, rewards, scores, truths) -> dict:
     e, lengths = experience, experience.mask.sum(1).float()  # [B]
-    kl = (e.old_logps - e.ref_logps).sum(1)  # [B], nats per completion
-    metrics = to_floats({
-        "kl": kl.mean(),
-        "kl_per_token": kl.sum() / lengths.sum(),
+    return to_floats({
+        "reward": truths.mean().to(lengths.device),
+        "proxy_reward": scores.mean().to(lengths.device),
+        "kl": (e.old_logps - e.ref_logps).sum(1).mean(),  # nats per completion
         "objective": rewards.sum(1).mean(),  # (1), less the penalty for truncation
         "entropy": -rollout.logps.sum() / lengths.sum(),
         "explained_variance": explained_variance(e.old_values, e.returns, e.mask),
         "length": lengths.mean(),
+        "ended": rollout.ended.float().mean().to(lengths.device),
         "sampling_gap": (e.old_logps - rollout.logps).abs().max(),
-    })
-    return metrics | to_floats({
-        "reward": truths.mean(),
-        "proxy_reward": scores.mean(),
-        "ended": rollout.ended.float().mean(),
     })
 
 
 def update_metrics(stats: list[dict]) -> dict:
     """Means over a step's mini-batches, and what its first and last one say."""
     means = {name: sum(part[name] for part in stats) / len(stats) for name in stats[0]}
-    return {
-        **means,
+    return means | {
         "update_kl": stats[-1]["update_kl"],
         "ratio_first": stats[0]["ratio"],
-        "clip_fraction_first": stats[0]["clip_fraction"],
         "updates": len(stats),
     }
+
+
+def load_rewards(args: Args, chat_template):
+    """-> proxy, the reward that is trained on, and gold, the judge of what that taught."""
+    gold = load_reward(args, args.reward_fn)
+    proxy = load_reward(args, None, args.reward_model, chat_template) or gold
+    return proxy, gold or proxy
 
 
 def check_args(args: Args) -> None:
@@ -403,13 +396,6 @@ def check_args(args: Args) -> None:
         args.reward_fn = GOLD
     if not (args.reward_model or args.reward_fn):
         raise UserError("no reward: give a --reward-model or a --reward-fn")
-
-
-def load_rewards(args: Args, chat_template):
-    """-> proxy, the reward that is trained on, and gold, the judge of what that taught."""
-    gold = load_reward(args, args.reward_fn)
-    proxy = load_reward(args, None, args.reward_model, chat_template) or gold
-    return proxy, gold or proxy
 
 
 def main(args: Args) -> None:
@@ -425,15 +411,15 @@ def main(args: Args) -> None:
     prompts, eval_prompts = load_prompts(args, policy, tokenizer)
     held_out = HeldOut(eval_prompts, gold, reference, tokenizer)
     plan = batches(len(prompts), args.batch_size, args.epochs, args.max_steps, args.seed)
-    print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {len(plan)} steps of "
-          f"{args.batch_size} completions", flush=True)
+    print(f"{len(prompts)} prompts, {len(eval_prompts)} held out; {len(plan)} steps", flush=True)
 
+    peaks = args.learning_rate, args.value_learning_rate
     groups = [{"params": list(network.parameters())} for network in networks.values()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     done, memory = run.start(networks, optimizer)
     if done == 0:
-        memory["before"], memory["samples"] = evaluate(policy, held_out, proxy, run, 0)
-        memory["beta"] = args.beta
+        before, samples = evaluate(policy, held_out, proxy, run, 0)
+        memory = {"before": before, "samples": samples, "beta": args.beta}
     held_out.reference_samples = memory["samples"]
     bar = progress_bar("ppo_rlhf", done, len(plan))
     for step in bar:
@@ -451,13 +437,12 @@ def main(args: Args) -> None:
 
         penalised = scores - args.missing_eos_penalty * ~rollout.ended  # truncated: less
         rewards = add_advantages(e, penalised, memory["beta"], args)
-        learning_rate = set_learning_rate(optimizer, step, len(plan), args.learning_rate,
-                                          args.value_learning_rate)
+        learning_rate = set_learning_rate(optimizer, step, len(plan), *peaks)
         stats = update(networks, optimizer, e, mini_batches, run, step)
         times.append(time.perf_counter())
 
-        metrics = update_metrics(stats) | step_metrics(rollout, e, rewards, scores, truths)
-        metrics |= {"beta": memory["beta"], "learning_rate": learning_rate}
+        metrics = {"beta": memory["beta"], "learning_rate": learning_rate}
+        metrics |= update_metrics(stats) | step_metrics(rollout, e, rewards, scores, truths)
         metrics |= speeds(rollout, times, len(stats) / args.mini_batches)
         run.log(step + 1, "train", **metrics)
         memory["beta"] = adapted_beta(memory["beta"], metrics["kl"], args.target_kl)
