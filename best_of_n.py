@@ -13,8 +13,6 @@ Of equals one is chosen at random: (1) gives, with rho = F(<y) / F(y) and y draw
 
     KL(pi_n || pi_ref) = log n - (n - 1) / n - E[ g(rho, n) ],    g in kl_of_ties()     (4)
 
-Every n = 1, 2, 4 ... N comes from the same N samples per prompt, see best_of_n_weights().
-
     python best_of_n.py        # tiny-sft, chosen by tiny-rm, judged by the truth: 30 s
     python best_of_n.py --reward-fn assets/rewards.py:sentiment   # by the truth: many ties
     python best_of_n.py --dataset assets/data/review_prompts.jsonl --split train \\
@@ -31,7 +29,6 @@ Data: `prompt`, a text or a list of messages. Further columns reach the reward f
 
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -187,7 +184,7 @@ def score(rollout, examples, proxy, gold) -> dict[str, torch.Tensor]:
 
 
 def pick(rollout, scores, examples, indices, step: int) -> list[dict]:
-    """The completions at indices [P], one per prompt, as samples.jsonl has them."""
+    """The completions at indices [P], one per prompt, for samples.jsonl."""
     samples, N = [], scores["tie"].shape[1]
     for i, (example, index) in enumerate(zip(examples, indices.tolist())):
         sample = {"step": step, "prompt": example["prompt"]}
@@ -198,35 +195,33 @@ def pick(rollout, scores, examples, indices, step: int) -> list[dict]:
     return samples
 
 
-# --- report ---
+# --- main ---
 
 
 def write_data(run, best: list[dict], worst: list[dict]) -> None:
     """best.jsonl for sft.py, and pairs.jsonl for dpo.py and reward_model.py."""
-    files = {"best.jsonl": [], "pairs.jsonl": []}
+    rows, pairs = [], []
     for high, low in zip(best, worst):
         prompt = high["prompt"]
         chosen, rejected = [as_turn(prompt, sample["completion"]) for sample in (high, low)]
-        row = {"prompt": prompt, "completion": chosen}
-        files["best.jsonl"].append(json.dumps(row) + "\n")
+        rows.append({"prompt": prompt, "completion": chosen})
         if chosen != rejected:
-            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            files["pairs.jsonl"].append(json.dumps(row) + "\n")
-    for name, lines in files.items():
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    for name, written in (("best.jsonl", rows), ("pairs.jsonl", pairs)):
         if rank() == 0:
+            lines = [json.dumps(row) + "\n" for row in written]
             write_atomically(run.dir / name, "".join(lines).encode())
-        print(f"{len(lines)} of {len(best)} prompts in {run.dir / name}")
+        print(f"{len(written)} of {len(best)} prompts in {run.dir / name}")
 
 
 def report_over_n(run, memory: dict, held_out: HeldOut) -> None:
     """results.json, and the table over n."""
-    parts, most = memory["scores"], run.args.samples_per_prompt
+    most, parts = run.args.samples_per_prompt, memory["scores"]
     ref_scores = memory["reference_scores"]
     scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     numbers = sorted({2**k for k in range(most.bit_length())} | {most})
     results = {n: best_of_n_metrics(n, scores, ref_scores["reward"]) for n in numbers}
-    evaluation = dict(results[most])
-    evaluation["proxy_reward_ref"] = ref_scores["proxy_reward"].mean().item()
+    evaluation = results[most] | {"proxy_reward_ref": ref_scores["proxy_reward"].mean().item()}
     optimum = optimal_gain(run.args, evaluation["kl"])
     if optimum:
         gain = evaluation["reward"] - results[1]["reward"]
@@ -235,17 +230,13 @@ def report_over_n(run, memory: dict, held_out: HeldOut) -> None:
         evaluation |= {f"{name}_n{n}": value for name, value in metrics.items()}
     report(run, evaluation, memory["best"], held_out, "best of n")
 
-    print(f"\nEvery n, by the same {most} completions per prompt. Proxy: the reward that chooses; "
-          "gold: the one\nthat judges, win rates too, against one completion:")
+    print(f"\nEvery n, by the same {most} completions. Proxy: what chooses; gold: what judges:")
     table = [["n", "proxy reward", "gold reward", "KL bound", "KL", "win rate", "n/(n+1)"]]
     for n, m in results.items():
         rewards = with_se(m, "proxy_reward", ".2f"), with_se(m, "reward", ".2f")
         win_rates = with_se(m, "win_rate", ".1%"), f"{best_of_n_win_rate(n):.1%}"
         table.append([n, *rewards, m["kl_bound"], m["kl"], *win_rates])
     print_table(table)
-
-
-# --- main ---
 
 
 def main(args: Args) -> None:
@@ -263,10 +254,8 @@ def main(args: Args) -> None:
     proxy = load_reward(args, None, args.reward_model, chat_template=tokenizer.chat_template)
     proxy, gold = proxy or gold, gold or proxy
     prompts = load_different_prompts(args, reference, tokenizer)
-    held_out = HeldOut(prompts, gold, reference, tokenizer)
     steps = math.ceil(len(prompts) / args.batch_size)
-    print(f"{len(prompts)} prompts, {args.samples_per_prompt} completions of each; "
-          f"{steps} steps of {args.batch_size} prompts", flush=True)
+    print(f"{len(prompts)} prompts, {args.samples_per_prompt} completions of each", flush=True)
 
     done, memory = run.start(None, None)  # nothing is trained
 
@@ -283,11 +272,10 @@ def main(args: Args) -> None:
         memory |= {"best": [], "worst": [], "scores": []}
         run.log(0, "eval", **best_of_n_metrics(1, scores, scores["reward"]))
         run.write("samples", *samples)
-    held_out.reference_samples = memory["reference_samples"]
+    held_out = HeldOut(prompts, gold, reference, tokenizer, memory["reference_samples"])
     ref_rewards = memory["reference_scores"]["reward"]  # [P, 1]
     bar = progress_bar("best_of_n", done, steps)
     for step in bar:
-        began = time.perf_counter()
         batch = slice(step * args.batch_size, (step + 1) * args.batch_size)
         examples, rollout, scores = draw(prompts[batch], args.samples_per_prompt)
         best, worst = scores["proxy_reward"].argmax(1), scores["proxy_reward"].argmin(1)
@@ -297,12 +285,9 @@ def main(args: Args) -> None:
         memory["scores"].append(scores)
 
         metrics = best_of_n_metrics(args.samples_per_prompt, scores, ref_rewards[batch])
-        tokens = sum(len(row.ids) for row in rollout.rows)
-        metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
         run.log(step + 1, "eval", **metrics)
         run.write("samples", *best)
-        shown = {name: f"{metrics[name]:.2f}" for name in ("proxy_reward", "reward")}
-        bar.set_postfix(shown, refresh=False)
+        bar.set_postfix(reward=f"{metrics['reward']:.2f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             run.save_checkpoint(step + 1, None, None, memory)
     report_over_n(run, memory, held_out)
