@@ -12,8 +12,8 @@ Terry 1952) the rewards r of the policies, with mean 0, maximise
     sum_n  mu_n log p_ij + (1 - mu_n) log p_ji,       Elo = 1000 + (400 / ln 10) r               (3)
 
 The intervals are for another draw of prompts: battles on one prompt share completions, so scores
-are added up by prompt before they enter the sandwich (Liang & Zeger 1986). bt_arena.py fits the
-same battles.jsonl as independent ones: its ratings are the same, its intervals are not.
+are added up by prompt before they enter the sandwich (Liang & Zeger 1986). bt_arena.py takes the
+battles for independent: its ratings are the same, its intervals are not.
 
     python evaluate.py                                   # tiny-base against tiny-sft
     python evaluate.py --models runs/dpo runs/grpo --names DPO GRPO
@@ -21,10 +21,9 @@ same battles.jsonl as independent ones: its ratings are the same, its intervals 
     python evaluate.py --models a b --reference c --dataset prompts.jsonl \\
         --judge-fn my_judge.py:judge
 
-A judge is a function f(prompts, completions_a, completions_b, **columns) that returns 1 where a is
-better, 0 where b is, 0.5 for a tie. It decides (1) and (3) instead of the reward. In every other
-pair the sides are swapped. distinct-n is the share of different n-grams of words among all that a
-policy wrote (Li et al. 2016 divide by words). Lengths are in the reference's tokens.
+A judge f(prompts, completions_a, completions_b, **columns) returns 1 where a is better, 0 where b
+is, 0.5 for a tie. distinct-n is the share of different n-grams of words among all that a policy
+wrote (Li et al. 2016 divide by words). Lengths are in the reference's tokens.
 """
 
 import gc
@@ -45,8 +44,7 @@ from common import (
 from harness import (
     ASSETS, FILES, GOLD, Count, Limits, Positive, Run, RunArgs, as_turn, call_user, column,
     columns_of, load_different_prompts, load_function, load_reward, load_rows, mean_and_se,
-    optimal_gain, print_table, progress_bar, run_script, tools_of, wins, with_se,
-    write_atomically
+    print_table, progress_bar, run_script, tools_of, wins, with_se, write_atomically
 )
 
 
@@ -67,7 +65,7 @@ class Args(RunArgs):
     reward_model: str | None = None
     """sequence-classification model with one label that judges, or is the proxy of --reward-fn"""
     judge_fn: str | None = None
-    """FILE.py:function that compares pairs of completions, instead of the reward"""
+    """FILE.py:function that decides (1) and (3) instead of the reward"""
     max_new_tokens: Count = 64
     """tokens per completion"""
     temperature: Positive = 1.0
@@ -94,12 +92,10 @@ def read_policy(name: str, args: Args) -> Policy:
 
 def policy_names(args: Args) -> list[str]:
     """The reference's first."""
-    if args.names and len(args.names) != len(args.models):
-        raise UserError(f"--names: {len(args.names)} for {len(args.models)} models: give one each")
-    names = args.names or [Path(model).name for model in args.models]
-    names = [Path(args.reference).name, *names]
-    if len(set(names)) < len(names):
-        raise UserError(f"two policies have the same name ({', '.join(names)}): give --names")
+    own = args.names or [Path(model).name for model in args.models]
+    names = [Path(args.reference).name, *own]
+    if len(own) != len(args.models) or len(set(names)) < len(names):
+        raise UserError(f"names {', '.join(names)}: give --names, a different one for each model")
     return names
 
 
@@ -111,40 +107,38 @@ def read_completions(path: str, examples) -> list[dict]:
             prompt, completion = column(row, "prompt"), column(row, "completion")
         except UserError as error:
             raise UserError(f"{row.where}: {error}")
-        if not isinstance(completion, str):
-            completion = completion[-1]["content"]
-        found.setdefault(str(prompt), completion)
-    skipped = len(rows) - len(found)
-    if skipped:
-        print(f"{path}: {skipped} rows skipped: an earlier row has the same prompt")
-    prompts = [example["prompt"] for example in examples]
-    for prompt in prompts:
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        found.setdefault(str(prompt), text)
+    if len(found) < len(rows):
+        print(f"{path}: {len(rows) - len(found)} rows skipped: an earlier row has the same prompt")
+    samples = []
+    for prompt in [example["prompt"] for example in examples]:
         if str(prompt) not in found:
             raise UserError(f"--models {path}: no completion of {str(prompt)[:80]!r}: add one")
-    return [{"prompt": prompt, "completion": found[str(prompt)]} for prompt in prompts]
+        samples.append({"prompt": prompt, "completion": found[str(prompt)]})
+    return samples
 
 
 def sample_policy(source: str, reference: Policy, prompts, args: Args, step: int):
-    """-> samples, one per prompt, and log pi(y | x) - log pi_ref(y | x), [n]; None where the
-    policy's tokens are not the reference's."""
+    """-> samples, one per prompt, and log pi(y | x) - log pi_ref(y | x) [n], None where the
+    policy's tokens are others."""
     policy = reference if source == args.reference else read_policy(source, args)
+    examples, ref_ids = zip(*prompts)  # a policy's own prompts may begin with a label
     own_ids = [encode_prompt(policy.tokenizer, example["prompt"], tools_of(example))
-               for example, _ in prompts]
+               for example in examples]
     longest, room = max(map(len, own_ids)), Limits.of(args, policy.model).max_length
     if longest + args.max_new_tokens > room:
-        raise UserError(f"--models {source}: its longest prompt has {longest} tokens, and it has "
-                        f"room for {room}: lower --max-new-tokens, or leave long prompts out")
+        raise UserError(f"--models {source}: has room for {room} tokens, its longest prompt has "
+                        f"{longest}: lower --max-new-tokens, or leave long prompts out")
     torch.manual_seed(args.seed + 1000 * step)
     rollout = generate(policy.model, policy.tokenizer, own_ids, 1, args.max_new_tokens,
                        args.temperature)
     samples = []
-    for (example, _), text, ended in zip(prompts, rollout.completions, rollout.ended.tolist()):
+    for example, text, ended in zip(examples, rollout.completions, rollout.ended.tolist()):
         samples.append({"prompt": example["prompt"], "completion": text, "ended": ended})
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return samples, None
-    ref_rows = []  # with the reference's own prompts: a policy's may begin with a label
-    for (_, ids), row in zip(prompts, rollout.rows):
-        ref_rows.append(make_row(ids, row.ids[row.mask.index(1):]))
+    ref_rows = [make_row(*ids) for ids in zip(ref_ids, rollout.completion_ids)]
     settings = args.micro_batch_size, args.temperature
     logps = sequence_logprobs(policy.model, rollout.rows, *settings)
     return samples, logps - sequence_logprobs(reference.model, ref_rows, *settings)
@@ -162,19 +156,16 @@ def distinct_n(texts: list[str], n: int) -> float:
 
 
 def measure(samples, log_ratios, examples, rewards: dict, tokenizer) -> dict:
-    """What needs no other policy. Each sample gets its rewards, by their names."""
+    """What needs no other policy. Each sample gets its rewards."""
     texts = [sample["completion"] for sample in samples]
     completion_ids = [encode_continuation(tokenizer, text) for text in texts]
     metrics = {"length": sum(map(len, completion_ids)) / len(texts)}
-    for n in (1, 2):
-        metrics[f"distinct_{n}"] = distinct_n(texts, n)
+    metrics |= {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
     if "ended" in samples[0]:
         metrics["ended"] = sum(sample["ended"] for sample in samples) / len(samples)
     if log_ratios is not None:
         metrics["kl"], metrics["kl_se"] = mean_and_se(log_ratios)
     for name, reward in rewards.items():
-        if not reward:
-            continue
         values = reward(examples, texts, completion_ids)
         metrics[name], metrics[f"{name}_se"] = mean_and_se(values)
         for sample, value in zip(samples, values.tolist()):
@@ -183,10 +174,10 @@ def measure(samples, log_ratios, examples, rewards: dict, tokenizer) -> dict:
 
 
 def outcomes_by_judge(args: Args, judge, examples, completions_a, completions_b):
-    """mu of (1) by --judge-fn, [n]. In every other pair the sides are swapped: many judges
-    favour one side. The first process calls it."""
+    """mu of (1) by --judge-fn, [n]. In every other pair the sides are swapped: many judges favour
+    one side."""
     mu = torch.zeros(len(examples), dtype=torch.float64)
-    if rank() > 0:
+    if rank() > 0:  # the first process calls it
         return all_reduce(mu)
     prompts = [example["prompt"] for example in examples]
     a = [as_turn(prompt, text) for prompt, text in zip(prompts, completions_a)]
@@ -199,30 +190,28 @@ def outcomes_by_judge(args: Args, judge, examples, completions_a, completions_b)
         raise UserError(f"{returned} {len(values)} numbers for {len(mu)} pairs: return one each")
     for n, value in enumerate(values):
         if not isinstance(value, Real) or value not in (0, 0.5, 1):
-            raise UserError(f"{returned} {value!r} for {examples[n].where}: return 1 where a is "
-                            "better, 0 where b is, 0.5 for a tie")
+            raise UserError(f"{returned} {value!r} for {examples[n].where}: return 1, 0.5 or 0")
         mu[n] = value if n % 2 == 0 else 1 - value
     return all_reduce(mu)
 
 
 def battle(names: list[str], samples: dict, examples, args: Args, judge):
     """Every pair of policies on every prompt -> i, j, mu, prompt, [battles] each."""
-    judged_by = "completion" if judge else "reward"
-    values = {name: [sample[judged_by] for sample in samples[name]] for name in names}
+    judged = "completion" if judge else "reward"
+    values = [[sample[judged] for sample in samples[name]] for name in names]
     pairs, mu = list(combinations(range(len(names)), 2)), []
     for i, j in pairs:
-        a, b = values[names[i]], values[names[j]]
         if judge:
-            mu.append(outcomes_by_judge(args, judge, examples, a, b))
+            mu.append(outcomes_by_judge(args, judge, examples, values[i], values[j]))
         else:
-            mu.append(wins(torch.tensor(a), torch.tensor(b)))
+            mu.append(wins(torch.tensor(values[i]), torch.tensor(values[j])))
     first, second = torch.tensor(pairs).T.repeat_interleave(len(examples), 1)
     return first, second, torch.cat(mu), torch.arange(len(examples)).repeat(len(pairs))
 
 
 def fit_elo(i, j, mu, prompt, num_players: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Equation (3): players i, j, outcomes mu, prompts, [N] each -> rewards r [K] (nats, mean 0)
-    and their covariance [K, K], robust to battles on one prompt being alike.
+    and their covariance [K, K].
 
     None where no finite maximum exists: unless each player can be reached from each other
     along edges winner -> loser, a tie being one both ways (Ford 1957).
@@ -259,12 +248,11 @@ def compare(run, names: list[str], memory: dict, examples, judge) -> None:
     i, j, mu, prompt = battle(names, memory["samples"], examples, run.args, judge)
     metrics[names[0]]["win_rate"] = 0.5
     for k, name in enumerate(names[1:], 1):  # against the reference, which is i
-        win_rate = mean_and_se(1 - mu[(i == 0) & (j == k)])
-        metrics[name]["win_rate"], metrics[name]["win_rate_se"] = win_rate
+        rate, se = mean_and_se(1 - mu[(i == 0) & (j == k)])
+        metrics[name] |= {"win_rate": rate, "win_rate_se": se}
     lines, winner = [], {1.0: "model_a", 0.0: "model_b", 0.5: "tie"}
-    for a, b, outcome, n in zip(i.tolist(), j.tolist(), mu.tolist(), prompt.tolist()):
-        row = {"model_a": names[a], "model_b": names[b]}
-        row |= {"winner": winner[outcome], "prompt": n}
+    for a, b, x, n in zip(i.tolist(), j.tolist(), mu.tolist(), prompt.tolist()):
+        row = {"model_a": names[a], "model_b": names[b], "winner": winner[x], "prompt": n}
         lines.append(json.dumps(row) + "\n")
     if rank() == 0:
         write_atomically(run.dir / "battles.jsonl", "".join(lines).encode())
@@ -281,17 +269,15 @@ def compare(run, names: list[str], memory: dict, examples, judge) -> None:
 
 FORMS = {
     "reward": ".2f", "proxy_reward": ".2f", "kl": ".2f", "win_rate": ".1%", "elo": ".0f",
-    "share_of_optimum": ".1%", "length": ".1f", "ended": ".1%",
-    "distinct_1": ".3f", "distinct_2": ".3f",
+    "length": ".1f", "ended": ".1%", "distinct_1": ".3f", "distinct_2": ".3f",
 }
 
 
 def print_policies(run, metrics: dict) -> None:
-    """The table, best policy first, and how to look at the battles."""
+    """The table, the highest win rate first, and how to look at the battles."""
     shown = [name for name in FORMS if any(name in m for m in metrics.values())]
     table = [["policy", *(name.replace("_", " ") for name in shown)]]
-    order = sorted(metrics.items(), key=lambda item: -item[1].get("elo", item[1]["win_rate"]))
-    for policy, m in order:
+    for policy, m in sorted(metrics.items(), key=lambda item: -item[1]["win_rate"]):
         cells = {name: with_se(m, name, FORMS[name]) for name in shown}
         if "elo" in m:
             cells["elo"] += f" [{m['elo_low']:.0f} {m['elo_high']:.0f}]"
@@ -318,13 +304,13 @@ def main(args: Args) -> None:
     reference = read_policy(args.reference, args)
     judge = load_function("--judge-fn", args.judge_fn) if args.judge_fn else None
     template = reference.tokenizer.chat_template
-    by_function = load_reward(args, args.reward_fn)
-    by_model = load_reward(args, None, args.reward_model, chat_template=template)
-    rewards = {"reward": by_function or by_model, "proxy_reward": by_function and by_model}
+    gold = load_reward(args, args.reward_fn)
+    proxy = load_reward(args, None, args.reward_model, template)
+    rewards = {"reward": gold or proxy, "proxy_reward": gold and proxy}
+    rewards = {name: reward for name, reward in rewards.items() if reward}
     prompts = load_different_prompts(args, reference.model, reference.tokenizer)
     examples = [example for example, _ in prompts]
-    print(f"{len(prompts)} prompts; {len(names)} policies, one completion each; reference: "
-          f"{names[0]}", flush=True)
+    print(f"{len(prompts)} prompts; {len(names)} policies; reference: {names[0]}", flush=True)
 
     done, memory = run.start(None, None)  # nothing is trained
     memory = memory or {"samples": {}, "metrics": {}}
@@ -336,10 +322,6 @@ def main(args: Args) -> None:
         else:
             samples, log_ratios = sample_policy(source, reference, prompts, args, step)
         metrics = measure(samples, log_ratios, examples, rewards, reference.tokenizer)
-        optimum = optimal_gain(args, metrics["kl"]) if "kl" in metrics else None
-        if optimum:
-            gain = metrics["reward"] - memory["metrics"][names[0]]["reward"]
-            metrics["share_of_optimum"] = gain / optimum
         memory["samples"][name], memory["metrics"][name] = samples, metrics
         run.log(step, "eval", policy=name, **metrics)
         run.write("samples", *({"policy": name, **sample} for sample in samples))
