@@ -11,8 +11,7 @@ A finite minimum needs connected items: each can be reached from each other alon
 winner -> loser, a tie being one both ways (Ford 1957).
 
 A rating is r in points. Intervals are by the sandwich A^-1 B A^-1 (Huber 1967; White 1982),
-with A the Hessian and B the sum of squared scores, and by a bootstrap (Rubin 1981). That of a
-rank counts the items that are surely better or worse.
+with A the Hessian and B the sum of squared scores, and by a bootstrap (Rubin 1981).
 
     python bt_arena.py                               # assets/data/battles.jsonl: a few seconds
     python bt_arena.py --dataset battles.csv --ties davidson --anchor-item gpt-4 --anchor 1200
@@ -26,17 +25,18 @@ import contextlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import networkx
-import numpy
 import pandas
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad
 
-from harness import UserError, load_rows, run_script, write_atomically, write_json
+from harness import (
+    NonNegative, Positive, UserError, load_rows, run_script, write_atomically, write_json
+)
 
 
 @dataclass
@@ -49,15 +49,15 @@ class Args:
     """items with fewer comparisons are left out, until all have as many"""
     largest_group: bool = False
     """keep only the largest group of connected items"""
-    l2: float = 0.0
+    l2: NonNegative = 0.0
     """ridge on the rewards: l2 in l2/2 |r|^2"""
-    anchor: float = 1000.0
+    anchor: Annotated[float, (math.isfinite, "a number")] = 1000.0
     """rating of --anchor-item, or else the mean rating, in points"""
     anchor_item: str | None = None
     """item with the rating --anchor; intervals are of differences to it"""
-    scale: float = 400.0
+    scale: Positive = 400.0
     """rating points that make odds of 10 to 1; 400 is Elo's"""
-    bootstrap: int = 200
+    bootstrap: Annotated[int, (lambda x: x >= 0, "0 or more")] = 200
     """refits to reweighted comparisons; 0: no bootstrap"""
     output_dir: str = "runs/bt_arena"
     """directory for args.json, results.json, ratings.csv and win_matrix.csv"""
@@ -155,11 +155,12 @@ def leave_out(battles: Battles, args: Args) -> Battles:
         if kept.sum() < 2:
             raise UserError(f"{battles.source}: fewer than two items are left without those {why}: "
                             "change --min-comparisons, or pass --l2 0.01")
-        names = numpy.array(battles.names, dtype=object)
-        print(f"left out: {int((~kept).sum())} items {why}: {', '.join(names[~kept][:10])}")
+        names = [name for name, keep in zip(battles.names, kept) if keep]
+        gone = [name for name, keep in zip(battles.names, kept) if not keep]
+        print(f"left out: {len(gone)} items {why}: {', '.join(gone[:10])}")
         battles = battles.rows(kept[battles.i] & kept[battles.j])
         index = kept.cumsum(0) - 1
-        battles = replace(battles, names=list(names[kept]), i=index[battles.i], j=index[battles.j])
+        battles = replace(battles, names=names, i=index[battles.i], j=index[battles.j])
 
 
 def log_probabilities(d: Tensor, t: Tensor, model: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,7 +295,7 @@ def rate(fit: Fit, battles: Battles, args: Args) -> pandas.DataFrame:
 
 
 def score(log_probs: tuple, battles: Battles) -> dict:
-    """Log-loss (nats per comparison) of predictions, and accuracy without ties."""
+    """Log-loss (nats per comparison), and accuracy without ties."""
     weights, loss = battles.weights(), losses(log_probs, battles)
     mean = loss.sum() / weights.sum()
     se = (loss - weights * mean).square().sum().sqrt() / weights.sum()
@@ -326,17 +327,13 @@ def held_out(battles: Battles, args: Args) -> dict:
 
 
 def main(args: Args) -> None:
-    for name, least in {"bootstrap": 0, "l2": 0, "scale": 1e-6, "anchor": -1e9}.items():
-        if not least <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} {getattr(args, name)}: give a number, at least {least}")
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "args.json", asdict(args))
     battles = leave_out(read_battles(args), args)
     names, K = battles.names, len(battles.names)
     if args.anchor_item not in [None, *names]:
-        raise UserError(f"--anchor-item {args.anchor_item}: not in the data, or left out: give "
-                        f"another, such as {names[0]}")
+        raise UserError(f"--anchor-item {args.anchor_item}: not in the data, or left out")
     fit = fit_battles(battles, args.ties, args.l2)
     checked = held_out(battles, args)
     ratings = rate(fit, battles, args)
@@ -349,8 +346,6 @@ def main(args: Args) -> None:
 
     print(f"{len(battles.i):,} comparisons of {K} items, t = {fit.t:.3f}; 95% intervals:")
     print(ratings.head(25).to_string(float_format="%.1f"))
-    print("\nP(row beats column):")
-    print(wins.iloc[:8, :8].to_string(float_format="%.2f", header=list("12345678"[:K])))
     print("\nHeld-out comparisons:")
     print(pandas.Series(checked).to_string(float_format="%.4f"))
     results = {"items": K, "comparisons": len(battles.i), "t": fit.t.item(), "loss": fit.loss}
