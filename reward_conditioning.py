@@ -4,19 +4,17 @@ A label k says how good a completion is, and stands as text in front of its prom
 learns the likelihood of every completion given its label, and is sampled given the best label:
 as CTRL (Keskar et al. 2019) and the decision transformer (Chen et al. 2021). Two kinds:
 
-    --method binary    comparisons: label 2 for the chosen completion, 1 for the rejected one.
-                       Supervised learning, as in AlpacaFarm (Dubois et al. 2023)
+    --method binary    comparisons: label 2 for the chosen completion, 1 for the rejected one,
+                       as in AlpacaFarm (Dubois et al. 2023)
     --method quark     Quark (Lu et al. 2022), in rounds. Explore: sample the policy given the
                        best label (at first the reference), score, add to the pool. Quantise:
-                       cut the pool, sorted by reward, into K equal parts, labels 1 ... K.
-                       Learn from all parts
+                       cut the sorted pool into K equal parts, labels 1 ... K. Learn from all
 
     L(theta) = E_{k, (x, y) of label k} [ sum_t  - log pi_theta(y_t | k, x, y_<t)
                + beta KL( pi_ref(. | x, y_<t) || pi_theta(. | k, x, y_<t) ) ]             (1)
 
 which is Quark's objective, as a mean over tokens; the KL is exact, over the vocabulary. What is
-reported as `kl` is sampled, of the policy as it is used, and in the other direction:
-KL( pi(. | K, x) || pi_ref(. | x) ).
+reported as `kl` is sampled, and in the other direction: KL( pi(. | K, x) || pi_ref(. | x) ).
 
     python reward_conditioning.py                      # Quark, rewards by tiny-rm
     python reward_conditioning.py --beta 1             # closer to the reference
@@ -32,14 +30,13 @@ of them; it can add an entropy bonus.
 The saved model asks for the best label by itself, in any software: its tokenizer puts the label
 in front of every text, its chat template in front of what the user says first.
 
-Expect of the first command a policy that wins 88% against the reference, at 4.1 nats. The first
-round learns little: the embedded model hardly reads its prompt (of the reviews that name a
-genre, 14% name the prompt's; 1 in 8 is chance), and has to find out that there is a label. Hence
-the default of --prefix, the label twelve times: written once, it was not found in 400 updates.
-Binary's labels are noisier, and it wins 58% to 61% in three seeds, at 1.3 to 1.6 nats.
+Expect of the first command a policy that wins 88% against the reference, at 4.1 nats; binary's
+labels are noisier, and it wins 58% to 61% in three seeds, at 1.3 to 1.6 nats. The embedded model
+hardly reads its prompt, and has to find out that there is a label. Hence the default of --prefix,
+the label twelve times: written once, it was not found in 400 updates.
 
-Data: quark prompts in `--prompt-column` (every further column reaches the reward function by its
-name), binary `prompt` + `chosen` + `rejected`. Texts or lists of messages.
+Data: quark prompts (further columns reach the reward function by name), binary `prompt` +
+`chosen` + `rejected`. Texts or lists of messages.
 """
 
 import copy
@@ -79,7 +76,7 @@ class Args(TrainArgs):
     reward_model: str | None = None
     """sequence-classification model with one label: quark's reward"""
     reward_fn: str | None = None
-    """FILE.py:function: quark's reward; beside --reward-model or for binary, the judge"""
+    """FILE.py:function: quark's reward; the judge beside --reward-model or for binary"""
     prefix: str = 12 * "{label}" + " "
     """text before prompts, {label} the number; real models: "Quality {label} of 5. " """
     beta: NonNegative | None = None
@@ -113,8 +110,8 @@ class Args(TrainArgs):
 
 
 def quantile_labels(rewards: torch.Tensor, quantiles: int) -> torch.Tensor:
-    """Rewards [N] -> labels 1 ... K [N], K the best: the sorted pool, cut into parts of equal
-    size (to one completion). Of equal rewards at a cut, the earlier get the lower label."""
+    """Rewards [N] -> labels 1 ... K [N], K the best: the sorted pool, cut into equal parts. Of
+    equal rewards at a cut, the earlier get the lower label."""
     labels = torch.empty(len(rewards), dtype=torch.long)
     order = rewards.sort(stable=True).indices
     labels[order] = 1 + torch.arange(len(rewards)) * quantiles // len(rewards)
@@ -135,8 +132,7 @@ def with_label(tokenizer, text: str):
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
     start, end = special.index(0), len(ids) - special[::-1].index(0)
-    pieces = []
-    before, after = ids[:start] + encode(tokenizer, text), ids[end:]
+    pieces, before, after = [], ids[:start] + encode(tokenizer, text), ids[end:]
     for name, added in (("before", before), ("after", after)):
         tokens = tokenizer.convert_ids_to_tokens(added)
         pieces.append({"id": name, "ids": added, "tokens": tokens})
@@ -150,13 +146,12 @@ def with_label(tokenizer, text: str):
 
 def label_tokenizers(args: Args) -> dict:
     """label -> the tokenizer that asks for it, from 1 to the best; 0: without a label."""
-    tokenizer = load_tokenizer(args.model, args.chat_template)
-    if not tokenizer.is_fast:
+    tokenizers = {0: load_tokenizer(args.model, args.chat_template)}
+    if not tokenizers[0].is_fast:
         raise UserError(f"model {args.model}: it has no tokenizer.json to put the label into")
-    best = args.quantiles if args.method == "quark" else 2
-    tokenizers = {0: tokenizer}
-    for label in range(1, best + 1):
-        tokenizers[label] = with_label(tokenizer, args.prefix.replace("{label}", str(label)))
+    for label in range(1, 1 + (args.quantiles if args.method == "quark" else 2)):
+        text = args.prefix.replace("{label}", str(label))
+        tokenizers[label] = with_label(tokenizers[0], text)
     return tokenizers
 
 
@@ -164,8 +159,8 @@ def label_tokenizers(args: Args) -> dict:
 
 
 def load_data(args: Args, policy, tokenizers):
-    """-> training examples, binary's labelled completions [(example, row)], and held-out
-    examples. Prompts must leave room for a completion behind the longest label."""
+    """-> training examples, binary's labelled completions [(example, row)], held-out examples.
+    Prompts must leave room for a completion behind the longest label."""
     stops = stop_ids(policy, tokenizers[0])
     longest = max(tokenizers.values(), key=lambda asking: len(encode_prompt(asking, "")))
 
@@ -173,19 +168,17 @@ def load_data(args: Args, policy, tokenizers):
         if args.method == "quark":
             example["prompt"] = column(example, args.prompt_column)
             return [make_row(prompt_ids(longest, example), [])]
-        example["prompt"], chosen, rejected = comparison(example)
-        rows = [make_row(prompt_ids(longest, example), [])]
-        for label, completion in ((2, chosen), (1, rejected)):
-            prompt, tools = example["prompt"], tools_of(example)
-            rows.append(encode_row(tokenizers[label], prompt, completion, stops, tools))
-        return rows
+        prompt, chosen, rejected = comparison(example)
+        example["prompt"], tools = prompt, tools_of(example)
+        return [make_row(prompt_ids(longest, example), []),
+                encode_row(tokenizers[2], prompt, chosen, stops, tools),
+                encode_row(tokenizers[1], prompt, rejected, stops, tools)]
 
     limits = Limits.of(args, policy)
     train, held_out = load_examples(args, encode_example, limits, args.max_new_tokens)
     completions = [(example, row) for example, (_, *rows) in train for row in rows]
-    train = [example for example, _ in train]
     held_out = [example for example, _ in different_prompts(held_out, args, policy)]
-    return train, completions, held_out
+    return [example for example, _ in train], completions, held_out
 
 
 def prompt_ids(tokenizer, example) -> list[int]:
@@ -204,8 +197,8 @@ def without_label(tokenizer, example, row: Row) -> Row:
 def conditioning_loss(logps, ref_logps, targets, beta: float):
     """Equation (1), summed over tokens -> (loss, KL(pi_ref || pi_theta)), nats.
 
-    logps, ref_logps [N, V]: log-probabilities of all tokens, with and without the label, None
-    without the KL; targets [N]: the tokens that came.
+    logps, ref_logps [N, V]: of all tokens, with and without the label (None: no KL); targets [N]:
+    the tokens that came.
     """
     nll = F.nll_loss(logps, targets, reduction="sum")
     if ref_logps is None:
@@ -258,22 +251,18 @@ def explore(policy, tokenizer, examples, indices, pool, *, reward, args: Args) -
     rewards = reward([examples[i] for i in indices], rollout.completions, completion_ids)
     for i, ids, value in zip(indices, completion_ids, rewards.tolist()):
         pool.append({"example": i, "completion": ids, "reward": value})
-    return {
-        "pool": len(pool),
-        "round_reward": rewards.mean().item(),
-        "round_ended": rollout.ended.float().mean().item(),
-    }
+    ended = rollout.ended.float().mean().item()
+    return {"pool": len(pool), "round_reward": rewards.mean().item(), "round_ended": ended}
 
 
 def labelled_pool(pool: list[dict], examples, tokenizers) -> list:
     """Each completion behind the label of its quantile -> [(example, row)]."""
-    rewards, rows = torch.tensor([entry["reward"] for entry in pool]), []
-    labels = quantile_labels(rewards, max(tokenizers)).tolist()
-    for entry, label in zip(pool, labels):
+    rewards, labelled = torch.tensor([entry["reward"] for entry in pool]), []
+    for entry, label in zip(pool, quantile_labels(rewards, max(tokenizers)).tolist()):
         example = examples[entry["example"]]
         ids = prompt_ids(tokenizers[label], example)
-        rows.append((example, make_row(ids, entry["completion"])))
-    return rows
+        labelled.append((example, make_row(ids, entry["completion"])))
+    return labelled
 
 
 def plan_rounds(args: Args, num_examples: int) -> tuple[list[list[int]], int]:
@@ -282,10 +271,9 @@ def plan_rounds(args: Args, num_examples: int) -> tuple[list[list[int]], int]:
     if args.method == "quark":
         rounds, n = args.rounds, args.samples_per_prompt
         size = min(args.prompts_per_round, num_examples)
-    plan = batches(n * size, args.batch_size, args.epochs, args.max_steps, args.seed)
-    print(f"{num_examples} examples; rounds: {rounds}; completions and updates per round: "
-          f"{n * size} and {len(plan)}", flush=True)
-    return batches(num_examples, size, 1, rounds, args.seed), len(plan)
+    updates = len(batches(n * size, args.batch_size, args.epochs, args.max_steps, args.seed))
+    print(f"{num_examples} examples; {rounds} rounds of {updates} updates", flush=True)
+    return batches(num_examples, size, 1, rounds, args.seed), updates
 
 
 # --- main ---
@@ -303,8 +291,7 @@ def fill_defaults(args: Args) -> None:
     if args.dataset is None:
         name = "review_prompts" if quark else "comparisons"
         args.dataset = str(ASSETS / "data" / f"{name}.jsonl")
-        held_out = args.dataset.replace(".jsonl", "_heldout.jsonl")
-        args.eval_dataset = args.eval_dataset or held_out
+        args.eval_dataset = args.eval_dataset or args.dataset.replace(".jsonl", "_heldout.jsonl")
         if not args.reward_fn:
             args.reward_fn = GOLD
             args.reward_model = args.reward_model or str(ASSETS / "tiny-rm")
@@ -337,7 +324,6 @@ def main(args: Args) -> None:
     reference = load_reference(policy, args)
     gold = load_reward(args, args.reward_fn)
     proxy = load_reward(args, None, args.reward_model, plain.chat_template)
-    reward = proxy or gold
     examples, completions, eval_examples = load_data(args, policy, tokenizers)
     eval_prompts = [(example, prompt_ids(plain, example)) for example in eval_examples]
     held_out = HeldOut(eval_prompts, gold or proxy, reference, plain)
@@ -356,6 +342,7 @@ def main(args: Args) -> None:
         if quark and turn == 0:
             asking = best if number else plain  # at first a label means nothing
             indices = asked[number]
+            reward = proxy or gold
             metrics = explore(policy, asking, examples, indices, pool, reward=reward, args=args)
             run.log(step, "train", **metrics)
         if quark and (turn == 0 or step == done):
