@@ -22,14 +22,14 @@ common use, and the default here. The variants:
                            MiniMax-M1 (2025), equations (4) and (5)
     --baseline leave-one-out   A_i = r_i - mean of the others: RLOO (Ahmadian et al. 2024)
     --baseline batch       mean and deviation over the batch: REINFORCE++ (Hu 2025)
+    --kl k2                D = log(pi_theta / pi_ref)^2 / 2
     --kl reward            r_i - beta log(pi_old / pi_ref) in place of r_i, and no D: RLOO's, PPO's
 
-Where they converge (`experiments/fixed_points.py` shows it by enumeration): with `--kl reward`
-every baseline, ratio and loss type lands on pi* = pi_ref exp(r / beta) / Z, where all advantages
-are 0. With D in the loss only `--ratio sequence --no-scale` does, with `--kl k2` or
-`--kl-correction`, and `--baseline group` makes beta there G / (G - 1) times as large. `--scale`
-makes it beta times the rewards' deviation. k3 alone lands on beta pi_ref / (beta + E[r] - r). A D
-of tokens does not see what a token does to the KL of those after it.
+Where they converge (`experiments/fixed_points.py`): with `--kl reward` every baseline, ratio and
+loss type lands on pi* = pi_ref exp(r / beta) / Z. With D in the loss only `--ratio sequence
+--no-scale` does, with `--kl k2` or `--kl-correction`. `--baseline group` multiplies beta there by
+G / (G - 1), and `--scale` by the rewards' deviation. k3 alone lands on
+beta pi_ref / (beta + E[r] - r). A D of tokens does not see what a token does to later ones' KL.
 
     python grpo.py                                          # sums: right 30% of the time, then 96%
     python grpo.py --beta 0.04 --kl-correction              # stay close to the reference
@@ -76,17 +76,17 @@ class Args(TrainArgs):
     reward_model: str | None = None
     """sequence-classification model with one label that gives the reward instead"""
     pass_reward: float = 1.0
-    """completions with at least this reward count as right in pass@1, pass@k and greedy accuracy"""
+    """completions with at least this reward count as right in evaluations"""
     samples_per_prompt: Count = 8
     """completions per prompt, the group size G"""
     baseline: Literal["group", "leave-one-out", "batch"] = "group"
-    """mean that a reward is compared with: of its group, of the others there, of the batch"""
+    """mean that a reward is compared with: its group's, the others' there, the batch's"""
     scale: bool = True
-    """divide advantages by the standard deviation of the group (or batch), equation (3)"""
+    """divide advantages by the standard deviation, equation (3)"""
     beta: NonNegative = 0.0
     """KL coefficient: the larger, the closer to the reference; 0: none"""
     kl: Literal["k3", "k2", "reward"] = "k3"
-    """where the KL is: in the loss, by equation (2) or half the squared log-ratio, or the reward"""
+    """in the loss, by equation (2) or half the squared log-ratio; or in the reward"""
     kl_correction: bool = False
     """multiply k3 by the ratio, which makes its gradient that of the KL"""
     clip: Positive = 0.2
@@ -94,13 +94,13 @@ class Args(TrainArgs):
     clip_high: Positive | None = None
     """and above 1 + this, where it is positive; default: --clip"""
     updates_per_rollout: Count = 1
-    """updates on the same completions: from the second on the ratio differs from 1"""
+    """updates on the same completions"""
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     """how tokens are averaged: within each completion, by a constant, over all"""
     ratio: Literal["token", "sequence", "gspo", "cispo"] = "token"
-    """of each token, of the whole completion as in (1), its geometric mean, or a mere weight"""
+    """of each token, the whole completion as in (1), its geometric mean, or a mere weight"""
     mask_truncated: bool = False
-    """leave truncated completions out of the loss (they stay in their group's mean)"""
+    """leave truncated completions out of the loss, not out of their group's mean"""
     learning_rate: Positive = 7e-4
     """peak, after 10% warm-up, before linear decay to 0; for real models 1e-6 to 2e-5"""
     batch_size: Count = 64
@@ -128,7 +128,8 @@ def group_advantages(rewards, group_size, scale=True, baseline="group"):
     standard deviation is the unbiased one, plus 1e-4. Equal rewards give exactly 0: rounding
     errors of their differences would be amplified by up to 1e4.
     """
-    groups = rewards.view(-1, len(rewards) if baseline == "batch" else group_size)  # [prompts, G]
+    size = len(rewards) if baseline == "batch" else group_size
+    groups = rewards.view(-1, size)  # [prompts, G]
     advantages = groups - groups.mean(1, keepdim=True)
     if baseline == "leave-one-out":
         advantages = advantages * group_size / (group_size - 1)
@@ -274,8 +275,8 @@ def rollout_logprobs(model, rollout, args: Args) -> torch.Tensor:
 def add_gradients(policy, experience: Experience, args: Args):
     """Add the gradient of the loss, by micro-batches -> loss, logps [B, T].
 
-    While the policy still is the one that sampled, its own log-probabilities are the old ones, so
-    the ratio is exactly 1: those that were computed token by token differ in their last digits.
+    While the policy is the one that sampled, its own log-probabilities are the old ones, and the
+    ratio exactly 1: those that were computed token by token differ in their last digits.
     """
     e, loss = experience, torch.zeros((), device=policy.device)
     all_logps = torch.zeros_like(e.ref_logps)
@@ -426,18 +427,17 @@ def rollout_metrics(rollout, rewards, total, experience: Experience, args: Args)
 def check_args(args: Args) -> None:
     """Combinations that would do nothing, or not what their names say."""
     if args.samples_per_prompt < 2 and args.baseline != "batch":
-        raise UserError("--samples-per-prompt 1: a group is compared with itself: give at least 2")
+        raise UserError("--samples-per-prompt 1: gives no advantage: give at least 2")
     if args.baseline == "leave-one-out" and args.scale:
-        raise UserError("--baseline leave-one-out: RLOO has no deviation in it: add --no-scale")
+        raise UserError("--baseline leave-one-out: has no deviation: add --no-scale")
     if args.beta == 0 and (args.kl != "k3" or args.kl_correction):
-        raise UserError("--kl and --kl-correction: there is no KL at --beta 0: give a --beta")
+        raise UserError("--kl and --kl-correction: do nothing at --beta 0: give a --beta")
     if args.kl_correction and args.kl != "k3":
         raise UserError(f"--kl-correction: --kl {args.kl} has the KL's gradient without it")
     if args.kl_correction and args.ratio == "gspo":
-        raise UserError("--kl-correction: --ratio gspo, a geometric mean, corrects no expectation")
+        raise UserError("--kl-correction: --ratio gspo, a geometric mean, corrects nothing")
     if args.ratio == "sequence" and args.loss_type != "grpo":
-        raise UserError(f"--ratio sequence: --loss-type {args.loss_type} would count the loss of a "
-                        "completion once per token: give grpo")
+        raise UserError(f"--loss-type {args.loss_type}: --ratio sequence needs grpo")
 
 
 def main(args: Args) -> None:
