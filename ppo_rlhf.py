@@ -87,12 +87,11 @@ class Args(TrainArgs):
     prompt_column: str = "prompt"
     """column with the prompts"""
     reward_model: str | None = None
-    """sequence-classification model with one label that gives the reward; embedded data: tiny-rm"""
+    """sequence-classification model with one label, the reward; embedded data: tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function, the reward; beside --reward-model it only judges in evaluations"""
+    """FILE.py:function, the reward; beside --reward-model only a judge"""
     critic_model: str | None = None
-    """what the critic starts from; default: --reward-model if it has the policy's tokenizer, else
-    --model"""
+    """start of the critic; default: --reward-model if it reads the policy's ids, else --model"""
     beta: Positive = 0.5
     """KL coefficient: the larger, the closer to the reference"""
     target_kl: Positive | None = None
@@ -100,13 +99,13 @@ class Args(TrainArgs):
     gamma: Share = 1.0
     """discount of later rewards"""
     lam: Share = 0.95
-    """lambda of the advantages; 1: none of the critic's bias, 0: none of the sampling's variance"""
+    """lambda of the advantages; 1: no bias of the critic, 0: least variance"""
     scale: bool = True
     """bring a step's advantages to mean 0 and deviation 1"""
     clip: Positive = 0.2
     """the ratio is clipped to 1 - clip ... 1 + clip"""
     clip_value: Positive | None = None
-    """the critic's change within a step is clipped to this, 0.2 in most code; default: no clip"""
+    """the critic's change within a step is clipped to this; default: no clip"""
     ppo_epochs: Count = 1
     """passes over a step's completions"""
     mini_batches: Count = 2
@@ -114,7 +113,7 @@ class Args(TrainArgs):
     critic_warmup: Annotated[int, (lambda x: x >= 0, "0 or more steps")] = 3
     """steps in which only the critic learns"""
     max_update_kl: Positive | None = None
-    """nats per token that updates may move the policy before the rest of a step is skipped"""
+    """nats per token from which the rest of a step is skipped"""
     missing_eos_penalty: NonNegative = 1.0
     """subtracted from the score of completions truncated at --max-new-tokens"""
     learning_rate: Positive = 4e-4
@@ -229,8 +228,7 @@ def token_values(critic, input_ids, completion_mask):
 @dataclass
 class Experience:
     """A step's completions, and what policy, reference and critic computed for them before the
-    update. T counts prompt and completion; all is 0 outside the completion.
-    Tensors [B, T], on the policy's device."""
+    update: [B, T], prompt and completion, on the policy's device; 0 outside the completion."""
 
     examples: list
     rows: list[Row]
@@ -312,8 +310,8 @@ def add_gradients(policy, critic, experience: Experience, mini_batch, args: Args
 
 
 def update(networks, optimizer, experience: Experience, plan, run: Run, step: int) -> list[dict]:
-    """All mini-batches of a step -> what is logged of each, up to where --max-update-kl stops
-    them. During the warm-up only the critic learns."""
+    """All mini-batches of a step -> what is logged of each. During the warm-up only the critic
+    learns."""
     args, done = run.args, []
     policy = networks["policy"] if step >= args.critic_warmup else None
     for mini_batch in plan:
