@@ -6,9 +6,8 @@ first (K = 2: a comparison):
 
     L(theta) = -1 / (K choose 2) sum_{i < j} log sigma( r_theta(x, y_i) - r_theta(x, y_j) )  (pairs)
 
-averaged over prompts. All pairs of a prompt share one forward pass per completion, because as
-separate data they overfit within an epoch (its section 3.5). Or the likelihood of the ranking as a
-whole, Luce (1959), Plackett (1975):
+averaged over prompts: as separate data, the pairs of a prompt overfit within an epoch (its section
+3.5). Or the likelihood of the ranking as a whole, Luce (1959), Plackett (1975):
 
     L(theta) = -sum_k log( exp r_theta(x, y_k) / sum_{l >= k} exp r_theta(x, y_l) ) (plackett-luce)
 
@@ -20,17 +19,14 @@ A `margin` column m asks for r_chosen - r_rejected > m: Llama 2 (Touvron et al. 
         --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-5
 
 The head starts as N(0, 1 / (d + 1)) (Stiennon et al. 2020) and reads the last token of prompt +
-completion + EOS, found by its index. The likelihood does not know the rewards' zero; InstructGPT
-sets it with a bias, so that reference completions score 0 on average. The heads of transformers
-have no bias, so centre() writes the shift into the head's weights. Deviations from InstructGPT:
-linear decay, and several epochs, which need weight decay and dropout (a reward model is no policy:
-nothing depends on what it says in training); the reference completions are those of the training
-judgements.
+completion + EOS, found by its index. The likelihood does not know the rewards' zero: centre() sets
+it so that the training judgements' completions score 0 on average, as InstructGPT does with a bias
+and reference completions. Deviations from InstructGPT: linear decay, and several epochs, which
+need weight decay and dropout.
 
-The saved model loads with AutoModelForSequenceClassification and gives the same scores, also in
-batches padded on the right: the stock head reads the last token that is not pad, so pad must not
-be EOS. Where a tokenizer has no pad, or pad is EOS, a token <pad> is added. Whoever scores a text
-must append EOS, which users of TRL often forget.
+The saved model loads with AutoModelForSequenceClassification and gives the same scores. Its head
+reads the last token that is not pad, so a token <pad> is added where there is no pad or it is EOS.
+Whoever scores a text must append EOS, which users of TRL often forget.
 
 Data: `prompt` + `chosen` + `rejected` (or an implicit prompt), optional `margin`; or `prompt` +
 `responses`, best first.
@@ -56,7 +52,7 @@ from common import (
 from harness import (
     ASSETS, GOLD, Count, Limits, NonNegative, Positive, Run, Skip, TrainArgs, batches, column,
     comparison, conversational, is_embedded, load_examples, load_reward, print_table,
-    progress_bar, run_script, score_all, tools_of
+    progress_bar, run_script, score_all, tools_of, wins
 )
 
 
@@ -67,8 +63,7 @@ class Args(TrainArgs):
     dataset: str = str(ASSETS / "data" / "comparisons.jsonl")
     """judgements: Hub id, id:config, or a .jsonl, .json, .csv or .parquet file or directory"""
     reward_fn: str | None = None
-    """FILE.py:function, the true reward if there is one: for the Bayes ceiling and the rank
-    correlation; embedded data: how much a review praises"""
+    """FILE.py:function, the true reward, for the Bayes ceiling and the rank correlation"""
     ranking_loss: Literal["pairs", "plackett-luce"] = "pairs"
     """loss of rankings: all pairs, or the likelihood of the whole ranking"""
     learning_rate: Positive = 5e-4
@@ -85,8 +80,6 @@ class Args(TrainArgs):
     """updates between held-out evaluations"""
     eval_prompts: Count = 1000
     """held-out judgements per evaluation"""
-    save_every: Count = 100
-    """updates between checkpoints"""
     output_dir: str = "runs/reward_model"
 
 
@@ -123,20 +116,16 @@ def margin_of(example) -> float | None:
     if margin in (None, ""):
         return None
     try:
-        margin = float(margin)
+        return float(margin)
     except (TypeError, ValueError):
-        margin = math.nan
-    if not math.isfinite(margin):
-        raise UserError(f"'margin' is {example['margin']!r}: give a number, or leave it out")
-    return margin
+        raise UserError(f"'margin' is {margin!r}: give a number, or leave it out")
 
 
 # --- model ---
 
 
 def add_head(model, tokenizer) -> None:
-    """A new head with one label, and a pad token by which the stock head finds EOS in rows padded
-    on the right."""
+    """A new head with one label, and a pad token by which the stock head finds EOS."""
     width = model.score.in_features
     model.config.num_labels = model.num_labels = 1
     head = torch.nn.Linear(width, 1, bias=False)
@@ -153,11 +142,9 @@ def add_head(model, tokenizer) -> None:
 def centre(model, rows, micro_batch_size) -> None:
     """Shift the scores so that `rows` score 0 on average.
 
-    A bias b in score = w h + b would do, but the stock head has none. The states h at EOS have much
-    in common, so there is a direction u with u h = 1 for nearly every row: the one of least
-    variance, u ~ (cov h)^-1 mean h. The shift goes along it, w <- w - (w mean h) u. (After a
-    LayerNorm u h = 1 holds exactly, u ~ 1 / gain: the centred state sums to 0; after an RMSNorm
-    nearly.)
+    A bias would do, but the stock head has none. The states h at EOS have much in common, so there
+    is a direction u with u h = 1 for nearly every row: the one of least variance, u ~ (cov h)^-1
+    mean h. The shift goes along it, w <- w - (w mean h) u. (After a LayerNorm u h = 1 is exact.)
     """
     states = torch.zeros(len(rows), model.score.in_features, device=model.device)
     for group in micro_batches([len(ids) for ids, _ in rows], micro_batch_size):
@@ -213,12 +200,6 @@ def plackett_luce_loss(rewards, sizes):
     return (log_sums - rewards).sum() / len(sizes)
 
 
-def judgement_loss(rewards, sizes, margins, args: Args):
-    if max(sizes) == 2:
-        return pairwise_loss(rewards[0::2], rewards[1::2], margins.to(rewards.device))
-    return (ranking_loss if args.ranking_loss == "pairs" else plackett_luce_loss)(rewards, sizes)
-
-
 def batch_loss(model, batch, args: Args) -> dict[str, float]:
     """Add the gradient of the loss of these judgements -> what is logged of it."""
     totals, rank_pairs = defaultdict(float), sum(math.comb(len(rows), 2) for _, rows in batch)
@@ -228,12 +209,18 @@ def batch_loss(model, batch, args: Args) -> dict[str, float]:
         margins = torch.tensor([batch[i][0]["margin"] or 0.0 for i in group])
         states = states_at_end(model, [row for i in group for row in batch[i][1]])
         rewards = head_scores(model, states)  # [sum of the sizes]
-        loss = judgement_loss(rewards, sizes, margins, args) * len(group)
-        (loss / len(batch)).backward()
+        if max(sizes) == 2:
+            loss = pairwise_loss(rewards[0::2], rewards[1::2], margins.to(rewards.device))
+        elif args.ranking_loss == "pairs":
+            loss = ranking_loss(rewards, sizes)
+        else:
+            loss = plackett_luce_loss(rewards, sizes)
+        loss = loss * len(group) / len(batch)
+        loss.backward()
         i, j = pairs_of(sizes)
         differences = (rewards[i] - rewards[j]).detach()
-        totals["loss"] += loss.detach() * rank_pairs / len(batch)
-        totals["accuracy"] += share_right(differences).sum()
+        totals["loss"] += loss.detach() * rank_pairs
+        totals["accuracy"] += wins(differences, 0).sum()
         totals["margin"] += differences.sum()
     return mean_over_batch(totals, rank_pairs)
 
@@ -241,23 +228,17 @@ def batch_loss(model, batch, args: Args) -> dict[str, float]:
 # --- evaluation ---
 
 
-def share_right(differences) -> torch.Tensor:
-    """1 where the completion that was ranked above has the larger reward, 1/2 for a tie."""
-    return (differences > 0).double() + 0.5 * (differences == 0)
-
-
-def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Of a share, with 95% coverage. (Pairs of one ranking are not independent: there it is too
-    narrow.)"""
-    p = successes / n
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Of a share, with 95% coverage; too narrow for rankings, whose pairs are not independent."""
+    p, z = successes / n, 1.96
     middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
 
 def calibration(differences: torch.Tensor, bins: int = 10) -> tuple[float, list[list]]:
-    """Expected calibration error, and its table: how sure the model was of the completion that it
-    prefers, in bins between 50% and 100%, and how often the judge preferred it too."""
-    predicted, agrees = torch.sigmoid(differences.abs()), share_right(differences)
+    """Expected calibration error, and its table: how sure the model was of its preference, and how
+    often the judge had the same."""
+    predicted, agrees = torch.sigmoid(differences.abs()), wins(differences, 0)
     bin_of = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     table, error = [["predicted", "mean", "observed", "pairs"]], 0.0
     for b in range(bins):
@@ -283,7 +264,7 @@ def evaluation_metrics(rewards: torch.Tensor, gold: torch.Tensor | None, sizes: 
     """Against held-out judgements: rewards [n] of all completions, gold [n] the true ones."""
     i, j = pairs_of(sizes)
     differences = rewards[i] - rewards[j]
-    right = share_right(differences)
+    right = wins(differences, 0)  # 1/2 for a tie
     low, high = wilson_interval(right.sum().item(), len(right))
     metrics = {
         "accuracy": right.mean().item(),
@@ -295,9 +276,7 @@ def evaluation_metrics(rewards: torch.Tensor, gold: torch.Tensor | None, sizes: 
     if gold is not None:  # what the judge's own probabilities, sigma(gold difference), would score
         truth = gold[i] - gold[j]
         metrics |= {
-            "bayes_accuracy": share_right(truth).mean().item(),  # of these noisy judgements
-            "bayes_accuracy_expected": torch.sigmoid(truth.abs()).mean().item(),
-            "accuracy_expected": torch.sigmoid(truth * differences.sign()).mean().item(),
+            "bayes_accuracy": wins(truth, 0).mean().item(),
             "bayes_log_loss": -F.logsigmoid(truth).mean().item(),
             "rank_correlation": rank_correlation(rewards, gold),
         }
@@ -315,7 +294,8 @@ def gold_rewards(args: Args, held_out) -> torch.Tensor | None:
 
 def evaluate(model, held_out, gold, run: Run, step: int) -> tuple[dict, torch.Tensor]:
     """-> metrics, and the differences of rewards of all held-out pairs."""
-    rows, sizes = [row for _, rows in held_out for row in rows], [len(rows) for _, rows in held_out]
+    rows = [row for _, rows in held_out for row in rows]
+    sizes = [len(rows) for _, rows in held_out]
     rewards = score_all(model, rows, run.args.micro_batch_size)
     metrics = evaluation_metrics(rewards, gold, sizes)
     run.log(step, "eval", **metrics)
@@ -331,9 +311,6 @@ def evaluate(model, held_out, gold, run: Run, step: int) -> tuple[dict, torch.Te
 
 
 def main(args: Args) -> None:
-    if args.dataset == str(ASSETS / "data" / "rankings.jsonl"):
-        args.eval_dataset = args.eval_dataset or args.dataset.replace(".jsonl", "_heldout.jsonl")
-        args.reward_fn = args.reward_fn or GOLD
     if is_embedded(args):
         args.reward_fn = args.reward_fn or GOLD
     run = Run(args)
