@@ -55,7 +55,7 @@ class Args(RunArgs):
     reward_model: str | None = None
     """sequence-classification model with one label that chooses; embedded data: tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function that chooses, or only judges what --reward-model chose"""
+    """FILE.py:function that chooses, or judges what --reward-model chose"""
     samples_per_prompt: Annotated[Count, tyro.conf.arg(aliases=["--n"])] = 64
     """completions per prompt, of which one is kept"""
     batch_size: Count = 8
@@ -121,8 +121,7 @@ def tie_probability(rewards, logps, is_first) -> torch.Tensor:
     """P(a fresh sample ties with this one) = F(y) - F(<y), estimated: [P, N] each -> [P, N].
 
     The larger of two estimates: the share of the other samples that tie, and pi_ref's own
-    probability of the different completions seen (is_first: not seen before in its row),
-    which knows small ones that no N samples could.
+    probability of the different completions seen (is_first: not seen before in its row).
     """
     below, up_to = rank_range(rewards)
     share = (up_to - below - 1) / max(1, rewards.shape[1] - 1)
@@ -134,8 +133,7 @@ def tie_probability(rewards, logps, is_first) -> torch.Tensor:
 
 
 def best_of_n_metrics(n: int, scores: dict, ref_rewards: torch.Tensor) -> dict:
-    """Equations (1) to (4). scores: as score() gives them; ref_rewards [P, 1]: of another sample
-    per prompt."""
+    """Equations (1) to (4). scores: score()'s; ref_rewards [P, 1]: of another sample."""
     proxy, tie = scores["proxy_reward"], scores["tie"]
     weights = best_of_n_weights(proxy, n)  # [P, N]
     below = torch.minimum(rank_range(proxy)[0] / proxy.shape[1], 1 - tie)

@@ -51,9 +51,9 @@ from harness import (
 @dataclass
 class Args(RunArgs):
     models: list[str] = field(default_factory=lambda: [str(ASSETS / "tiny-base")])
-    """policies: Hub ids, directories, or files of their completions (`prompt`, `completion`)"""
+    """policies: Hub ids, directories, or files of completions (`prompt`, `completion`)"""
     names: list[str] = field(default_factory=list)
-    """names of the policies in the tables; default: the last part of each path"""
+    """their names in the tables; default: the last part of each path"""
     reference: str = str(ASSETS / "tiny-sft")
     """Hub id or directory of the policy that the others are compared with"""
     dataset: str = str(ASSETS / "data" / "review_prompts_heldout.jsonl")
@@ -63,7 +63,7 @@ class Args(RunArgs):
     reward_fn: str | None = None
     """FILE.py:function that judges completions; embedded data: the true reward"""
     reward_model: str | None = None
-    """sequence-classification model with one label that judges, or is the proxy of --reward-fn"""
+    """sequence-classification model with one label that judges, or --reward-fn's proxy"""
     judge_fn: str | None = None
     """FILE.py:function that decides (1) and (3) instead of the reward"""
     max_new_tokens: Count = 64
