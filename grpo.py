@@ -409,19 +409,21 @@ def rollout_metrics(rollout, rewards, total, experience: Experience, args: Args)
     groups = total.view(-1, args.samples_per_prompt)
     gap = (e.old_logps - rollout.logps) * (e.old_logps != 0)  # 0: a row that was not learnt from
     metrics = {
+        "entropy": -rollout.logps.sum() / lengths.sum(),
+        "sampling_gap": gap.abs().max(),
+    }
+    if args.beta:
+        kl = kl_k3(rollout.logps, e.ref_logps) * rollout.completion_mask.to(e.mask.device)
+        metrics["kl"] = kl.sum(1).mean()  # nats per completion, truncated ones included
+    on_host = {
         "reward": total.mean(),
         "zero_variance": (groups == groups[:, :1]).all(1).float().mean(),
         "length": lengths.mean(),
         "ended": rollout.ended.float().mean(),  # by themselves: the others are truncated
-        "entropy": -rollout.logps.sum().cpu() / lengths.sum(),
-        "sampling_gap": gap.abs().max().cpu(),
     }
-    if args.beta:
-        kl = kl_k3(rollout.logps, e.ref_logps).cpu() * rollout.completion_mask
-        metrics["kl"] = kl.sum(1).mean()  # nats per completion, truncated ones included
     if len(args.reward_fn) > 1:
-        metrics |= {f"reward_{i}": reward for i, reward in enumerate(rewards.nanmean(0), 1)}
-    return to_floats(metrics)
+        on_host |= {f"reward_{i}": reward for i, reward in enumerate(rewards.nanmean(0), 1)}
+    return to_floats(metrics) | to_floats(on_host)
 
 
 def check_args(args: Args) -> None:

@@ -183,7 +183,7 @@ def join_processes(device: str):
 
 def is_embedded(args) -> bool:
     """Whether the data is the embedded world's; its held-out rows are then the default."""
-    if args.dataset != type(args).dataset:
+    if Path(args.dataset).resolve() != Path(type(args).dataset):
         return False
     args.eval_dataset = args.eval_dataset or args.dataset.replace(".jsonl", "_heldout.jsonl")
     return True
@@ -456,7 +456,7 @@ def load_examples(args, encode, limits: Limits, room=0) -> tuple[list, list]:
 
 
 def hold_out(encoded: list, seed: int) -> tuple[list, list]:
-    prompts = [json.dumps(example.get("prompt", number), default=str)
+    prompts = [json.dumps(example.get("prompt") or number, default=str)
                for number, (example, _) in enumerate(encoded)]
     different = list(dict.fromkeys(prompts))
     if len(different) < 2:

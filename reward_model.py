@@ -32,6 +32,7 @@ Data: `prompt` + `chosen` + `rejected` (or an implicit prompt), optional `margin
 `responses`, best first.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -115,10 +116,10 @@ def margin_of(example) -> float | None:
     margin = example.get("margin")
     if margin in (None, ""):
         return None
-    try:
-        return float(margin)
-    except (TypeError, ValueError):
-        raise UserError(f"'margin' is {margin!r}: give a number, or leave it out")
+    with contextlib.suppress(TypeError, ValueError):
+        if math.isfinite(float(margin)):
+            return float(margin)
+    raise UserError(f"'margin' is {margin!r}: give a number, or leave it out")
 
 
 # --- model ---

@@ -17,6 +17,7 @@ Expect a held-out loss that falls from 2.7 to 1.0 nats per token within half a m
 Data: `prompt` + `completion`, `messages` (the loss is on every turn of the assistant) or `text`.
 """
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def load_demonstrations(args: Args, model, tokenizer):
             messages = column(example, name)
             if isinstance(messages, str):
                 raise UserError(f"{name!r} is a text: give a list of messages, or call it 'text'")
+            asked = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
+            example["prompt"] = list(asked)  # one prompt's rows are all held out, or none
             rows = encode_conversation(tokenizer, messages, stops, tools)
         elif example.get("text") is not None and example.get("prompt") is None:
             ids = encode_prompt(tokenizer, column(example, "text"))

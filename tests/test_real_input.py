@@ -599,6 +599,15 @@ def test_all_rows_of_a_prompt_are_held_out_together():
         hold_out(examples[:1], 0)
 
 
+def test_conversations_that_begin_alike_are_held_out_together(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"q{n % 10}"}, {"role": "assistant", "content": f"a{n}"}]}
+            for n in range(40)]
+    args = sft.Args(dataset=write(tmp_path / "d.jsonl", rows))
+    train, held_out = sft.load_demonstrations(args, load_model(TINY), chat_tokenizer())
+    asked = [{example["prompt"][0]["content"] for example, _ in part} for part in (train, held_out)]
+    assert len(held_out) == 4 and len(asked[1]) == 1 and not asked[0] & asked[1]
+
+
 # --- rule 10: the versions tested are the versions required ---
 
 
