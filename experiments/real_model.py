@@ -1,4 +1,4 @@
-"""A real chat model through every stage: sft, reward_model, dpo, best_of_n, ppo_rlhf, grpo, evaluate.
+"""A real chat model through sft, reward_model, dpo, best_of_n, ppo_rlhf, grpo and evaluate.
 
     python experiments/real_model.py                               # on a GPU, from the Hub
     python experiments/real_model.py --model DIRECTORY --pairs FILE.jsonl     # on a laptop, offline
@@ -160,8 +160,9 @@ def main(args: Args) -> None:
     path.write_text(json.dumps(stages, indent=1) + "\n")
     for name, stage in stages.items():
         speed = stage["tokens_per_s"]
-        print(f"{name:13} {stage['results']['seconds'] / 60:5.1f} min, {stage['peak_gib']:.1f} GiB, "
-              f"{f'{speed:.0f} tokens/s' if speed else ''}")
+        minutes = stage["processor_seconds"] / 60
+        speed = f", {speed:.0f} tokens/s" if speed else ""
+        print(f"{name:13} {minutes:5.1f} processor minutes, {stage['peak_gib']:.1f} GiB{speed}")
 
 
 if __name__ == "__main__":
