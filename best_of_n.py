@@ -36,10 +36,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from common import UserError, generate, load_model, load_tokenizer, rank, shard
+from common import generate, load_model, load_tokenizer, rank, shard
 from harness import (
     ASSETS, GOLD, Count, HeldOut, Positive, Run, RunArgs, as_turn, load_different_prompts,
-    load_reward, mean_and_se, optimal_gain, print_table, progress_bar, report, run_script, wins,
+    load_rewards, mean_and_se, optimal_gain, print_table, progress_bar, report, run_script, wins,
     with_se, write_atomically
 )
 
@@ -242,15 +242,11 @@ def main(args: Args) -> None:
     if str(Path(args.dataset).resolve()).startswith(embedded) and not args.reward_fn:
         args.reward_model = args.reward_model or str(ASSETS / "tiny-rm")
         args.reward_fn = GOLD
-    if not (args.reward_model or args.reward_fn):
-        raise UserError("no reward: give a --reward-model or a --reward-fn that chooses")
     run = Run(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template)
     reference = shard(load_model(args.model, args.device, args.dtype), args)
-    gold = load_reward(args, args.reward_fn)
-    proxy = load_reward(args, None, args.reward_model, chat_template=tokenizer.chat_template)
-    proxy, gold = proxy or gold, gold or proxy
+    proxy, gold = load_rewards(args, tokenizer.chat_template)
     prompts = load_different_prompts(args, reference, tokenizer)
     steps = math.ceil(len(prompts) / args.batch_size)
     print(f"{len(prompts)} prompts, {args.samples_per_prompt} completions of each", flush=True)

@@ -43,7 +43,7 @@ from common import (
 )
 from harness import (
     ASSETS, GOLD, Count, HeldOut, Positive, Run, TrainArgs, batches, evaluate_policy,
-    is_embedded, load_prompts, load_reward, print_table, progress_bar, report, run_script,
+    is_embedded, load_prompts, load_rewards, print_table, progress_bar, report, run_script,
     with_se
 )
 
@@ -153,15 +153,6 @@ def evaluate(policy, held_out: HeldOut, chooser, run: Run, step: int):
 
 
 # --- main ---
-
-
-def load_rewards(args: Args, chat_template):
-    """-> the reward that chooses, and the one that judges what was chosen."""
-    gold = load_reward(args, args.reward_fn)
-    proxy = load_reward(args, None, args.reward_model, chat_template)
-    if not (gold or proxy):
-        raise UserError("nothing chooses: give --reward-model or --reward-fn FILE.py:function")
-    return proxy or gold, gold or proxy
 
 
 def print_rounds(rounds: list[dict]) -> None:

@@ -633,6 +633,16 @@ def load_reward(args, spec=None, model_name=None, chat_template=None, optional=F
     return reward_from_function(args, spec, optional) if spec else None
 
 
+def load_rewards(args, chat_template):
+    """-> proxy, the reward that is trained on or chooses, and gold, which judges what that taught:
+    --reward-model and --reward-fn, or twice the only one of them."""
+    gold = load_reward(args, args.reward_fn)
+    proxy = load_reward(args, None, args.reward_model, chat_template)
+    if not (proxy or gold):
+        raise UserError("no reward: give a --reward-model or a --reward-fn FILE.py:function")
+    return proxy or gold, gold or proxy
+
+
 def reward_from_function(args, spec: str, optional=False):
     """FILE.py:function in TRL's convention: f(prompts, completions, completion_ids, **columns) ->
     numbers. The first process calls it on the whole batch, so groups stay whole."""

@@ -73,7 +73,7 @@ from common import (
 )
 from harness import (
     ASSETS, GOLD, Count, HeldOut, NonNegative, Positive, Run, Share, TrainArgs, batches,
-    evaluate_policy, is_embedded, load_prompts, load_reward, progress_bar, report, run_script,
+    evaluate_policy, is_embedded, load_prompts, load_rewards, progress_bar, report, run_script,
     speeds
 )
 
@@ -379,21 +379,12 @@ def update_metrics(stats: list[dict]) -> dict:
     }
 
 
-def load_rewards(args: Args, chat_template):
-    """-> proxy, the reward that is trained on, and gold, the judge of what that taught."""
-    gold = load_reward(args, args.reward_fn)
-    proxy = load_reward(args, None, args.reward_model, chat_template) or gold
-    return proxy, gold or proxy
-
-
 def check_args(args: Args) -> None:
     if args.mini_batches > args.batch_size:
         raise UserError(f"--mini-batches {args.mini_batches}: give at most --batch-size")
     if is_embedded(args) and not args.reward_fn:
         args.reward_model = args.reward_model or str(ASSETS / "tiny-rm")
         args.reward_fn = GOLD
-    if not (args.reward_model or args.reward_fn):
-        raise UserError("no reward: give a --reward-model or a --reward-fn")
 
 
 def main(args: Args) -> None:
