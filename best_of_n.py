@@ -1,4 +1,4 @@
-"""Best of n: sample n completions, keep the one with the highest reward. No training.
+r"""Best of n: sample n completions, keep the one with the highest reward. No training.
 
 With F(y) the probability that a sample of pi_ref scores at most r(x, y), and F(<y) that it
 scores less, the completion that is kept has
@@ -15,7 +15,7 @@ Of equals one is chosen at random: (1) gives, with rho = F(<y) / F(y) and y draw
 
     python best_of_n.py        # tiny-sft, chosen by tiny-rm, judged by the truth: 30 s
     python best_of_n.py --reward-fn assets/rewards.py:sentiment   # by the truth: many ties
-    python best_of_n.py --dataset assets/data/review_prompts.jsonl --split train \\
+    python best_of_n.py --dataset assets/data/review_prompts.jsonl --split train \
         --samples-per-prompt 16                                   # data for sft.py and dpo.py
     python sft.py --model assets/tiny-sft --dataset runs/best_of_n/best.jsonl
     python dpo.py --dataset runs/best_of_n/pairs.jsonl --reward-fn assets/rewards.py:sentiment

@@ -1,4 +1,4 @@
-"""Direct preference optimization: comparisons -> policy, with no reward model in between.
+r"""Direct preference optimization: comparisons -> policy, with no reward model in between.
 
 The policy that maximises E[r(x, y)] - beta KL(pi || pi_ref) is known, Rafailov et al. (2023), (4):
 
@@ -14,10 +14,10 @@ cancels. What is left is the maximum-likelihood loss of a policy, equation (7):
     L(theta) = -E log sigma(  beta log pi_theta(y_w | x) / pi_ref(y_w | x)
                             - beta log pi_theta(y_l | x) / pi_ref(y_l | x) )
 
-    python dpo.py                     # tiny-sft, 4,000 noisy comparisons: reward 0.0 -> 3.0
+    python dpo.py                     # tiny-sft, 4,000 noisy comparisons: true reward 0.0 -> 2.9
     python dpo.py --beta 1.0          # closer to the reference
     python dpo.py --loss-type ipo     # or hinge, simpo, robust with --label-smoothing 0.1
-    python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \\
+    python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \
         --learning-rate 1e-6
 
 Deviations from the paper's code: the learning rate decays linearly after the warm-up (theirs stays
@@ -26,7 +26,8 @@ before training. IPO takes log-probabilities of whole completions, as its paper 
 them by their length: `--length-normalized`. dpo_loss() says where each loss converges.
 
 Data: `prompt` + `chosen` + `rejected`, or `chosen` + `rejected` that begin with their prompt;
-texts or lists of messages.
+texts or lists of messages. Completions are cut where a row reaches --max-length, and a comparison
+whose prompt alone is as long is skipped.
 """
 
 import math
@@ -39,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    Row, UserError, adapters_off, all_reduce, clip_gradients, encode, encode_row, load_policy,
+    Row, UserError, adapters_off, all_reduce, clip_gradients, encode_row, load_policy,
     load_reference, load_tokenizer, mean_over_batch, micro_batches, pad_rows, save_and_reload,
     set_learning_rate, stop_ids, token_budget, token_logprobs
 )
@@ -105,13 +106,13 @@ def load_pairs(args: Args, model, tokenizer) -> tuple[list[Pair], list[Pair], li
     """-> training and held-out pairs, and the held-out prompts, [(example, ids)]."""
     stops = stop_ids(model, tokenizer)
 
-    def encode(example):
+    def encode_pair(example):
         example["prompt"], chosen, rejected = comparison(example)
         tools = tools_of(example)
         return [encode_row(tokenizer, example["prompt"], completion, stops, tools)
                 for completion in (chosen, rejected)]
 
-    train, held_out = load_examples(args, encode, Limits.of(args, model))
+    train, held_out = load_examples(args, encode_pair, Limits.of(args, model))
     prompts = different_prompts(held_out, args, model)
     train = [Pair(example, *rows) for example, rows in train]
     return train, [Pair(example, *rows) for example, rows in held_out[:args.eval_prompts]], prompts
@@ -141,7 +142,7 @@ def dpo_loss(
     policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
     label_smoothing=0.0, loss_type="sigmoid", *, lengths=None, target_margin=0.0,
 ):
-    """Equation (7), for a batch of comparisons.
+    """The loss of each comparison: sigmoid, without smoothing, is equation (7).
 
     All log-probabilities are those of whole completions, log pi(y | x) in nats, [B]. Returns
     (losses, chosen_rewards, rejected_rewards), each [B]; the rewards are the implicit ones of
@@ -151,8 +152,8 @@ def dpo_loss(
     sampled from pi_ref:
 
     sigmoid  -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)  -> pi* for eps = 0, the DPO
-             paper. Conservative DPO (Mitchell 2023, eps > 0) does not correct flipped labels: on
-             clean ones it lands, nearer to pi_ref, where plain DPO lands if a share eps is flipped
+             paper. eps > 0 is conservative DPO (Mitchell 2023). It does not correct flipped labels:
+             clean ones take it to where plain DPO ends if a share eps is flipped, nearer to pi_ref
     robust   (-(1 - eps) log sigma(beta h) + eps log sigma(-beta h)) / (1 - 2 eps)  -> pi*, if a
              share eps is flipped: Chowdhury et al. (2024)
     ipo      (h - 1 / (2 beta))^2: Azar et al. (2023), equation (17)  -> pi* of another reward, the
@@ -160,7 +161,8 @@ def dpo_loss(
     hinge    max(0, 1 - beta h): SLiC (Zhao et al. 2023), on log-ratios  -> pi_ref exp(u / beta)
              / Z, u an integer step function of the reward
     simpo    -log sigma(beta h - target_margin) per token, without reference: Meng et al. (2024),
-             equation (6)  -> exp(tokens (r + c) / beta), for target_margin 0
+             equation (6)  -> exp(tokens (r + c) / beta), for target_margin 0; tokens is the
+             completion's length, and c(x) makes the sum 1
     lengths  with sigmoid  -> pi_ref exp(tokens (r + c) / beta)
     """
     if loss_type == "simpo":
@@ -197,7 +199,7 @@ def pair_logprobs(model, pairs: list[Pair], temperature: float):
 
 
 def preferences(policy, pairs: list[Pair], args: Args, train: bool) -> dict[str, float]:
-    """The mean loss of these pairs and what is logged of it; adds up its gradient if train."""
+    """-> the mean loss of these pairs, and what else is logged; if train, adds its gradient."""
     totals = defaultdict(float)
     for group in micro_batches(lengths_of(pairs), args.micro_batch_size, token_budget(policy)):
         part = [pairs[i] for i in group]
@@ -242,9 +244,10 @@ def check_args(args: Args) -> None:
     if args.loss_type == "simpo":
         args.length_normalized = True
     if args.label_smoothing and args.loss_type not in ("sigmoid", "robust"):
-        raise UserError(f"--label-smoothing: --loss-type {args.loss_type} has none")
+        raise UserError(f"--label-smoothing: has no meaning with --loss-type {args.loss_type}: "
+                        "choose sigmoid or robust")
     if args.target_margin and args.loss_type != "simpo":
-        raise UserError(f"--target-margin: --loss-type {args.loss_type} has none, only simpo")
+        raise UserError("--target-margin: only --loss-type simpo has one: leave it out")
 
 
 def main(args: Args) -> None:
@@ -264,12 +267,12 @@ def main(args: Args) -> None:
 
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     seen = sorted({i for batch in plan for i in batch})
-    add_reference_logprobs(reference, [pairs[i] for i in seen] + eval_pairs, args)
+    if args.loss_type != "simpo":  # has no reference in its loss
+        add_reference_logprobs(reference, [pairs[i] for i in seen] + eval_pairs, args)
     done, memory = run.start(policy, optimizer)
     if done == 0:
-        evaluate(policy, held_out, eval_pairs, run, 0)
-        memory["reference_samples"] = held_out.reference_samples
-    held_out.reference_samples = memory["reference_samples"]
+        _, memory["samples"] = evaluate(policy, held_out, eval_pairs, run, 0)
+    held_out.reference_samples = memory["samples"]
     bar = progress_bar("dpo", done, len(plan))
     for step in bar:
         began = time.perf_counter()

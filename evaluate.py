@@ -1,4 +1,4 @@
-"""Policies side by side: reward, KL to the reference, win rate, length, diversity, Elo ratings.
+r"""Policies side by side: reward, KL to the reference, win rate, length, diversity, Elo ratings.
 
 Each policy completes the same held-out prompts, once. Against the reference's own completions,
 prompt by prompt,
@@ -18,7 +18,7 @@ battles for independent: its ratings are the same, its intervals are not.
     python evaluate.py                                   # tiny-base against tiny-sft
     python evaluate.py --models runs/dpo runs/grpo --names DPO GRPO
     python evaluate.py --models runs/dpo runs/best_of_n/best.jsonl   # a file of completions
-    python evaluate.py --models a b --reference c --dataset prompts.jsonl \\
+    python evaluate.py --models a b --reference c --dataset prompts.jsonl \
         --judge-fn my_judge.py:judge
 
 A judge f(prompts, completions_a, completions_b, **columns) returns 1 where a is better, 0 where b

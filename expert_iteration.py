@@ -1,4 +1,4 @@
-"""Expert iteration: the policy's best of n completions become its demonstrations, and again.
+r"""Expert iteration: the policy's best of n completions become its demonstrations, and again.
 
     repeat R times:
         for each prompt x of the round:  y_1 ... y_n ~ pi(. | x),  y+ = argmax_i r(x, y_i)      (1)
@@ -14,8 +14,8 @@ small n and few rounds.
     python expert_iteration.py                      # chosen by tiny-rm, judged by the true reward
     python expert_iteration.py --samples-per-prompt 16 --rounds 1                 # AlpacaFarm's
     python expert_iteration.py --reward-fn assets/rewards.py:sentiment     # chosen by the truth too
-    python expert_iteration.py --model Qwen/Qwen2.5-0.5B-Instruct \\
-        --dataset trl-lib/ultrafeedback-prompt --reward-model runs/reward_model \\
+    python expert_iteration.py --model Qwen/Qwen2.5-0.5B-Instruct \
+        --dataset trl-lib/ultrafeedback-prompt --reward-model runs/reward_model \
         --learning-rate 1e-5 --max-new-tokens 300
 
 Deviations: each round has prompts of its own while there are enough, where STaR goes through all of

@@ -1,4 +1,4 @@
-"""Group-relative policy optimization: from rewards or checks to a policy, no value model.
+r"""Group-relative policy optimization: from rewards or checks to a policy, no value model.
 
 For each prompt q the old policy writes a group of G completions o_1 ... o_G. Their rewards,
 compared with each other, are the advantages, and the policy follows PPO's clipped objective. As
@@ -26,16 +26,17 @@ common use, and the default here. The variants:
     --kl reward            r_i - beta log(pi_old / pi_ref) in place of r_i, and no D: RLOO's, PPO's
 
 Where they converge (`experiments/fixed_points.py`): with `--kl reward` every baseline, ratio and
-loss type lands on pi* = pi_ref exp(r / beta) / Z. With D in the loss only `--ratio sequence
---no-scale` does, with `--kl k2` or `--kl-correction`. `--baseline group` multiplies beta there by
-G / (G - 1), and `--scale` by the rewards' deviation. k3 alone lands on
-beta pi_ref / (beta + E[r] - r). A D of tokens does not see what a token does to later ones' KL.
+loss type lands on pi* = pi_ref exp(r / beta) / Z. With D in the loss, only `--ratio sequence
+--no-scale` does, and only with `--kl k2` or `--kl-correction`; in that case `--baseline group` acts
+like beta G / (G - 1) in place of beta, and `--scale` like beta times the rewards' deviation. k3
+alone lands on beta pi_ref / (beta + E[r] - r). A D of tokens does not see what a token does to
+later ones' KL.
 
     python grpo.py                                          # sums: right 30% of the time, then 96%
     python grpo.py --beta 0.04 --kl-correction              # stay close to the reference
     python grpo.py --loss-type dr_grpo --no-scale --updates-per-rollout 2
-    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main \\
-        --prompt-column question --reward-fn assets/rewards.py:final_number \\
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main \
+        --prompt-column question --reward-fn assets/rewards.py:final_number \
         --max-new-tokens 300 --learning-rate 1e-6
 
 Data: prompts, texts or lists of messages. Further columns reach the reward function by name.
@@ -90,15 +91,15 @@ class Args(TrainArgs):
     kl_correction: bool = False
     """multiply k3 by the ratio, which makes its gradient that of the KL"""
     clip: Positive = 0.2
-    """the ratio is clipped below 1 - clip, where the advantage is negative"""
+    """smallest ratio is 1 - clip, for completions with a negative advantage (CISPO: for all)"""
     clip_high: Positive | None = None
-    """and above 1 + this, where it is positive; default: --clip"""
+    """largest ratio is 1 + this, for positive advantages (CISPO: for all); default: --clip"""
     updates_per_rollout: Count = 1
     """updates on the same completions"""
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     """how tokens are averaged: within each completion, by a constant, over all"""
     ratio: Literal["token", "sequence", "gspo", "cispo"] = "token"
-    """of each token, the whole completion as in (1), its geometric mean, or a mere weight"""
+    """of a token, a completion as in (1), its geometric mean (GSPO), or a clipped weight (CISPO)"""
     mask_truncated: bool = False
     """leave truncated completions out of the loss, not out of their group's mean"""
     learning_rate: Positive = 7e-4
@@ -184,11 +185,11 @@ def grpo_loss(
     reference (not read where beta is 0 or kl "reward"); mask [B, T]: 1 on completion tokens;
     advantages [B].
 
-    grpo     sum_i (1 / |o_i|) sum_t loss_it / total,  total = completions
-    dapo     sum_i sum_t loss_it / total,              total = tokens of all completions
-    dr_grpo  sum_i sum_t loss_it / total,              total = completions x longest allowed
+    grpo     sum_i (1 / |o_i|) sum_t loss_it / total,  total = B
+    dapo     sum_i sum_t loss_it / total,              total = tokens of the mask
+    dr_grpo  sum_i sum_t loss_it / total,              total = B x T
 
-    `total` is that of these rows unless micro-batches share the update's.
+    Micro-batches share the total of their update, which loss_total() counts.
     """
     mask = mask.to(logps.dtype)
     logps, ref_logps = logps * mask, ref_logps * mask
@@ -212,7 +213,8 @@ def grpo_loss(
 
 
 def loss_total(mask, args: Args) -> int:
-    """What an update's loss is divided by: mask [B, T] of all its completions."""
+    """What an update's loss is divided by: completions (grpo), their tokens (dapo), or as many as
+    they could have (dr_grpo). mask [B, T] of all completions of the update."""
     completions = int(mask.any(1).sum())
     totals = {"grpo": completions, "dapo": int(mask.sum())}
     return max(1, totals.get(args.loss_type, completions * args.max_new_tokens))
@@ -236,8 +238,8 @@ class Experience:
 
 
 def rows_to_learn_from(advantages, mask, beta) -> list[int]:
-    """With beta 0, a group whose rewards are equal has no gradient: its rows need no pass. One row
-    for each process always stays."""
+    """With beta 0, a row whose advantage is 0 has no gradient and needs no pass. One row for each
+    process always stays."""
     learn = (mask.any(1) & ((advantages != 0) | (beta > 0))).long()
     order = learn.argsort(descending=True, stable=True)
     return order[:max(int(learn.sum()), world_size())].tolist()
@@ -296,23 +298,23 @@ def add_gradients(policy, experience: Experience, args: Args):
 
 def update(policy, optimizer, experience: Experience, run: Run, step: int) -> dict:
     """--updates-per-rollout updates on the same completions -> what is logged of them."""
-    e, args, ratios = experience, run.args, []
+    e, args, of_updates = experience, run.args, []
     for _ in range(args.updates_per_rollout):
         loss, logps = add_gradients(policy, e, args)
         if e.old_logps is None:
             e.old_logps = logps
-        ratios.append(ratio_metrics(logps, e, args))
+        of_updates.append(ratio_metrics(logps, e, args))
         metrics = {"loss": loss, "grad_norm": clip_gradients(policy, args.max_grad_norm)}
         run.check_finite(step, metrics, e.examples)
         optimizer.step()
         optimizer.zero_grad()
-    return metrics | {"ratio_first": ratios[0]["ratio"]} | ratios[-1]
+    return metrics | {"ratio_first": of_updates[0]["ratio"]} | of_updates[-1]
 
 
 def ratio_metrics(logps, experience: Experience, args: Args) -> dict:
-    """Mean ratio, and the shares of tokens that clipping leaves without a gradient, or in CISPO
-    with a smaller or larger one."""
-    e, at = experience, experience.indices
+    """Mean ratio, and the shares of tokens whose policy gradient clipping removes, or in CISPO
+    makes smaller or larger."""
+    e, (at,) = experience, send(logps.device, torch.tensor(experience.indices))
     mask = e.mask[at]
     ratio = ratios(logps[at], e.old_logps[at], mask, args.ratio)
     positive, is_weight = (e.advantages[at] > 0)[:, None], args.ratio == "cispo"
@@ -431,13 +433,14 @@ def check_args(args: Args) -> None:
     if args.samples_per_prompt < 2 and args.baseline != "batch":
         raise UserError("--samples-per-prompt 1: gives no advantage: give at least 2")
     if args.baseline == "leave-one-out" and args.scale:
-        raise UserError("--baseline leave-one-out: has no deviation: add --no-scale")
+        raise UserError("--baseline leave-one-out: divides by no deviation: add --no-scale")
     if args.beta == 0 and (args.kl != "k3" or args.kl_correction):
         raise UserError("--kl and --kl-correction: do nothing at --beta 0: give a --beta")
     if args.kl_correction and args.kl != "k3":
         raise UserError(f"--kl-correction: --kl {args.kl} has the KL's gradient without it")
     if args.kl_correction and args.ratio == "gspo":
-        raise UserError("--kl-correction: --ratio gspo, a geometric mean, corrects nothing")
+        raise UserError("--kl-correction: needs ratios of probabilities, gspo's are means of "
+                        "them: choose another --ratio")
     if args.ratio == "sequence" and args.loss_type != "grpo":
         raise UserError(f"--loss-type {args.loss_type}: --ratio sequence needs grpo")
 

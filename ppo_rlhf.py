@@ -1,4 +1,4 @@
-"""PPO on a learned reward: stage 3 of RLHF, reward model -> policy.
+r"""PPO on a learned reward: stage 3 of RLHF, reward model -> policy.
 
 The objective is that of InstructGPT (Ouyang et al. 2022), equation (2), without its pretraining
 term:
@@ -14,8 +14,8 @@ A critic V gives advantages, Schulman et al. (2015), (16):
     A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = R_t + gamma V_{t+1} - V_t,
     return_t = A_t + V_t                                                                        (3)
 
-and policy and critic follow the clipped losses of PPO, Schulman et al. (2017), equation (7), and,
-in (5), of its code:
+The policy's loss (4) is that of PPO, Schulman et al. (2017), equation (7). The critic's (5) is that
+of PPO's code; its clipping has an eps of its own, and is off by default:
 
     L_pi = -E[ min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) ],   rho_t = pi_theta / pi_old (4)
     L_V  = 1/2 E[ max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2) ]         (5)
@@ -23,12 +23,12 @@ in (5), of its code:
 The optimum of (1) is pi* = pi_ref exp(r / beta) / Z. There every advantage is 0, and scaling
 amplifies the noise that is left: only the decay of the learning rate to 0 lets PPO settle.
 
-    python ppo_rlhf.py                     # tiny-rm rewards tiny-sft, the truth judges: 0.0 -> 2.6
+    python ppo_rlhf.py                     # trains tiny-sft on tiny-rm: true reward 0.0 -> 2.7
     python ppo_rlhf.py --beta 1            # closer to the reference
     python ppo_rlhf.py --target-kl 3       # beta is adapted
     python ppo_rlhf.py --reward-fn assets/rewards.py:sentiment --critic-model assets/tiny-rm
-    python ppo_rlhf.py --model Qwen/Qwen2.5-0.5B-Instruct --reward-model runs/reward_model \\
-        --dataset trl-lib/ultrafeedback-prompt --learning-rate 1e-6 --value-learning-rate 1e-5 \\
+    python ppo_rlhf.py --model Qwen/Qwen2.5-0.5B-Instruct --reward-model runs/reward_model \
+        --dataset trl-lib/ultrafeedback-prompt --learning-rate 1e-6 --value-learning-rate 1e-5 \
         --max-new-tokens 300
 
 The implementation details and their sources (Z: Ziegler et al. 2019; S: Stiennon et al. 2020; O:
@@ -50,8 +50,8 @@ implementation details of RLHF with PPO", 2023, and its sequel on summarisation,
     critic first (Zheng et al. 2023)                      --critic-warmup steps
 
 Left out: pretraining gradients (O), whitening or scaling of rewards (Z: they change beta), an
-entropy bonus (37: (1) has one, beta), Adam's epsilon and TensorFlow's bias (N), rejection of
-samples (Z).
+entropy bonus (37: the KL in (1) contains beta times the entropy), Adam's epsilon and TensorFlow's
+bias (N), rejection of samples (Z).
 
 Data: prompts, texts or lists of messages. Further columns reach the reward function by name.
 """
@@ -89,7 +89,7 @@ class Args(TrainArgs):
     reward_model: str | None = None
     """sequence-classification model with one label, the reward; embedded data: tiny-rm"""
     reward_fn: str | None = None
-    """FILE.py:function, the reward; beside --reward-model only a judge"""
+    """FILE.py:function, the reward; beside --reward-model it is reported, not trained on"""
     critic_model: str | None = None
     """start of the critic; default: --reward-model if it reads the policy's ids, else --model"""
     beta: Positive = 0.5
@@ -113,7 +113,7 @@ class Args(TrainArgs):
     critic_warmup: Annotated[int, (lambda x: x >= 0, "0 or more steps")] = 3
     """steps in which only the critic learns"""
     max_update_kl: Positive | None = None
-    """nats per token from which the rest of a step is skipped"""
+    """nats per token: a mini-batch that moved further is skipped, and the rest of its step"""
     missing_eos_penalty: NonNegative = 1.0
     """subtracted from the score of completions truncated at --max-new-tokens"""
     learning_rate: Positive = 4e-4
@@ -200,11 +200,11 @@ def load_critic(args: Args, tokenizer):
     if name and tokenizer.get_vocab().items() <= load_tokenizer(name).get_vocab().items():
         critic = load_model(name, args.device, args.dtype, kind)
         if critic.config.num_labels != 1:
-            raise UserError(f"--critic-model {name}: has {critic.config.num_labels} labels, not 1")
+            raise UserError(f"--critic-model: {name} has {critic.config.num_labels} labels, not 1")
         return critic
     if args.critic_model:
-        raise UserError(f"--critic-model {name}: reads the ids of --model {args.model}, and has "
-                        "another tokenizer: give another, or none")
+        raise UserError(f"--critic-model {name}: has another tokenizer than --model {args.model}, "
+                        "whose ids it reads: give another, or none")
     critic = load_model(args.model, args.device, args.dtype, kind, new_head=True)
     critic.score = torch.nn.Linear(critic.score.in_features, 1, bias=False).to(critic.device)
     torch.nn.init.zeros_(critic.score.weight)
@@ -212,8 +212,8 @@ def load_critic(args: Args, tokenizer):
 
 
 def token_values(critic, input_ids, completion_mask):
-    """V of the state in which each completion token is chosen, which the token before it ends ->
-    [B, T] fp32, 0 elsewhere."""
+    """V of the state before each completion token, read at the token before it -> [B, T] fp32, 0
+    elsewhere."""
     is_token = completion_mask.bool()
     before = F.pad(is_token[:, 1:], (0, 1))
     values = head_scores(critic, states_at(critic, input_ids, before))
@@ -320,8 +320,9 @@ def update(networks, optimizer, experience: Experience, plan, run: Run, step: in
         if policy is not None:
             stats["grad_norm"] = clip_gradients(policy, args.max_grad_norm)
         run.check_finite(step, stats, experience.examples)
-        done.append(stats)
-        if args.max_update_kl and stats["update_kl"] > args.max_update_kl:
+        too_far = bool(args.max_update_kl) and stats["update_kl"] > args.max_update_kl
+        done.append(stats | {"updates": 0 if too_far else 1})
+        if too_far:
             optimizer.zero_grad()
             break
         optimizer.step()
@@ -375,7 +376,7 @@ def update_metrics(stats: list[dict]) -> dict:
     return means | {
         "update_kl": stats[-1]["update_kl"],
         "ratio_first": stats[0]["ratio"],
-        "updates": len(stats),
+        "updates": sum(part["updates"] for part in stats),
     }
 
 

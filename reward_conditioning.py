@@ -1,4 +1,4 @@
-"""Reward conditioning: learn from good and bad completions alike, and ask for good ones.
+r"""Reward conditioning: learn from good and bad completions alike, and ask for good ones.
 
 A label k says how good a completion is, and stands as text in front of its prompt. The policy
 learns the likelihood of every completion given its label, and is sampled given the best label:
@@ -19,8 +19,8 @@ reported as `kl` is sampled, and in the other direction: KL( pi(. | K, x) || pi_
     python reward_conditioning.py                      # Quark, rewards by tiny-rm
     python reward_conditioning.py --beta 1             # closer to the reference
     python reward_conditioning.py --method binary      # 4,000 noisy comparisons
-    python reward_conditioning.py --method binary --model Qwen/Qwen2.5-0.5B-Instruct \\
-        --dataset trl-lib/ultrafeedback_binarized --prefix "Quality {label} of 2. " \\
+    python reward_conditioning.py --method binary --model Qwen/Qwen2.5-0.5B-Instruct \
+        --dataset trl-lib/ultrafeedback_binarized --prefix "Quality {label} of 2. " \
         --learning-rate 1e-5
 
 Deviations: Quark's labels are new tokens, which then must never be sampled; here they are text,

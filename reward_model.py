@@ -1,4 +1,4 @@
-"""A reward model: stage 2 of RLHF, human judgements -> a number for each completion.
+r"""A reward model: stage 2 of RLHF, human judgements -> a number for each completion.
 
 Bradley-Terry (1952): p(a > b | x) = sigma(r(x, a) - r(x, b)). The likelihood of the judgements is
 the loss, InstructGPT (Ouyang et al. 2022), equation (1), for K ranked completions of a prompt, best
@@ -15,7 +15,7 @@ A `margin` column m asks for r_chosen - r_rejected > m: Llama 2 (Touvron et al. 
 
     python reward_model.py                   # 4,000 noisy comparisons -> assets/tiny-rm: 75.6%
     python reward_model.py --dataset assets/data/rankings.jsonl     # 1,000 rankings of four
-    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \\
+    python reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \
         --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-5
 
 The head starts as N(0, 1 / (d + 1)) (Stiennon et al. 2020) and reads the last token of prompt +

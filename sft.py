@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: stage 1 of RLHF, demonstrations -> policy.
+r"""Supervised fine-tuning: stage 1 of RLHF, demonstrations -> policy.
 
     L(theta) = - sum_t m_t log pi_theta(y_t | x, y_<t) / sum_t m_t                            (SFT)
 
@@ -8,7 +8,7 @@ Deviations from InstructGPT: the loss is on the completion only (--train-on-prom
 the learning rate decays linearly, and there is no weight decay.
 
     python sft.py                 # tiny-base -> what is shipped as assets/tiny-sft
-    python sft.py --model assets/tiny-sft --dataset assets/data/comparisons.jsonl \\
+    python sft.py --model assets/tiny-sft --dataset assets/data/comparisons.jsonl \
         --completion-column chosen                                                # binary FeedME
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset trl-lib/Capybara --learning-rate 2e-5
 

@@ -1,7 +1,7 @@
-"""A rule that a small chat model does not keep by itself: one sentence of at most twelve words.
+r"""A rule that a small chat model does not keep by itself: one sentence of at most twelve words.
 
     python experiments/one_sentence.py                # writes experiments/data/questions*.jsonl
-    python grpo.py --dataset experiments/data/questions.jsonl \\
+    python grpo.py --dataset experiments/data/questions.jsonl \
         --reward-fn experiments/one_sentence.py:one_sentence ...
 
 The questions ask for brevity and never mention the rule: the reward teaches it. The held-out

@@ -1,11 +1,11 @@
-"""A real chat model through sft, reward_model, dpo, best_of_n, ppo_rlhf, grpo and evaluate.
+r"""A real chat model through sft, reward_model, dpo, best_of_n, ppo_rlhf, grpo and evaluate.
 
     python experiments/real_model.py                               # on a GPU, from the Hub
     python experiments/real_model.py --model DIRECTORY --pairs FILE.jsonl     # on a laptop, offline
     python experiments/real_model.py --stages grpo grpo_seed_1     # some of the stages
 
 Two data sets. The first three stages learn from Anthropic's helpful comparisons (Bai et al. 2022),
-texts of the form "\\n\\nHuman: ... \\n\\nAssistant: ...", which become lists of messages here; long
+texts of the form "\n\nHuman: ... \n\nAssistant: ...", which become lists of messages here; long
 ones are left out. The others learn the rule of one_sentence.py, which can be checked.
 
 Each stage is one command line of the scripts, which is printed, and takes at most twenty minutes
