@@ -161,8 +161,7 @@ def dpo_loss(
     hinge    max(0, 1 - beta h): SLiC (Zhao et al. 2023), on log-ratios  -> pi_ref exp(u / beta)
              / Z, u an integer step function of the reward
     simpo    -log sigma(beta h - target_margin) per token, without reference: Meng et al. (2024),
-             equation (6)  -> exp(tokens (r + c) / beta), for target_margin 0; tokens is the
-             completion's length, and c(x) makes the sum 1
+             equation (6)  -> exp(tokens (r + c) / beta) for target_margin 0, c(x) makes the sum 1
     lengths  with sigmoid  -> pi_ref exp(tokens (r + c) / beta)
     """
     if loss_type == "simpo":
@@ -244,8 +243,7 @@ def check_args(args: Args) -> None:
     if args.loss_type == "simpo":
         args.length_normalized = True
     if args.label_smoothing and args.loss_type not in ("sigmoid", "robust"):
-        raise UserError(f"--label-smoothing: has no meaning with --loss-type {args.loss_type}: "
-                        "choose sigmoid or robust")
+        raise UserError("--label-smoothing: only --loss-type sigmoid and robust have one")
     if args.target_margin and args.loss_type != "simpo":
         raise UserError("--target-margin: only --loss-type simpo has one: leave it out")
 
