@@ -352,11 +352,10 @@ def main(args: Args) -> None:
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             run.save_checkpoint(step + 1, model, optimizer, {})
 
-    zero = [row for _, rows in train[:args.eval_prompts] for row in rows]
-    centre(model, zero, args.micro_batch_size)
+    centre(model, [row for _, rows in train[:args.eval_prompts] for row in rows],
+           args.micro_batch_size)
     saved = save_and_reload(model, tokenizer, run.dir, args, kind)
     evaluation, differences = evaluate(saved, held_out, gold, run, len(plan))
-    evaluation["reference_mean"] = score_all(saved, zero, args.micro_batch_size).mean().item()
     run.write_results(**evaluation)
     print("\nheld-out pairs, by how sure the model was:")
     print_table(calibration(differences)[1])

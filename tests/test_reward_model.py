@@ -290,7 +290,12 @@ def test_run_directory(finished):
     assert set(results) >= {"accuracy", "accuracy_low", "accuracy_high", "log_loss", "ece", "bayes_accuracy",
                             "rank_correlation", "seconds"}
     assert all(isinstance(value, (int, float)) for value in results.values())
-    assert abs(results["reference_mean"]) < 1e-5  # nothing is rounded on the way
+    examples, completions = [], []
+    for row in load_rows(str(directory / "comparisons.jsonl")):
+        examples += [row, row]
+        completions += [row["chosen"], row["rejected"]]
+    scored = reward_from_model(Args(device="cpu"), str(directory / "run"))(examples, completions)
+    assert abs(scored.mean()) < 1e-5  # those of the training judgements, from the files
     assert "predicted" in output
     model = CLASSIFIER.from_pretrained(directory / "run")
     assert model.num_labels == 1 and model.dtype == torch.float32 and model.config.pad_token_id == 2
