@@ -595,7 +595,10 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0) -> torch.
     target_at = is_target.flatten().nonzero().squeeze(1)
     logits = logits_at(model, input_ids, predicts)  # [N, V]
     targets, target_at = send(logits.device, input_ids[is_target], target_at)
-    logps = -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
+    logits = logits.float()
+    if temperature != 1.0:  # a copy of them all, which takes its time
+        logits = logits / temperature
+    logps = -F.cross_entropy(logits, targets, reduction="none")
     zeros = torch.zeros(input_ids.numel(), device=logits.device)
     return zeros.index_copy(0, target_at, logps).view(input_ids.shape)
 
