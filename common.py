@@ -331,19 +331,20 @@ def shard(model, args):
 @contextlib.contextmanager
 def unsharded(model):
     """All weights whole, on every process: each samples as long as its own rows need."""
-    for module in model.modules():  # the model itself comes first
-        if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:  # the model itself comes first
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     yield
-    reshard(model)
+    for module in sharded:
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
 
 
 def reshard(model) -> None:
     """FSDP leaves some weights whole after a forward pass without gradient."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
 
 

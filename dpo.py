@@ -243,7 +243,7 @@ def check_args(args: Args) -> None:
     if args.loss_type == "simpo":
         args.length_normalized = True
     if args.label_smoothing and args.loss_type not in ("sigmoid", "robust"):
-        raise UserError("--label-smoothing: only --loss-type sigmoid and robust have one")
+        raise UserError(f"--label-smoothing: --loss-type {args.loss_type} has none")
     if args.target_margin and args.loss_type != "simpo":
         raise UserError("--target-margin: only --loss-type simpo has one: leave it out")
 
