@@ -64,7 +64,7 @@ def assert_equal_runs(one, two, but=()):
         assert_close(a, b, but)
     states = [torch.load(place / "checkpoint" / "state.pt", weights_only=True)
               for place in (one, two)]
-    assert_equal_tensors(*(state["model"] for state in states))
+    assert_equal_tensors(*(state.get("model", {}) for state in states))  # evaluate.py trains none
 
 
 @pytest.fixture(scope="module")
