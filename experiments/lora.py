@@ -1,6 +1,6 @@
 """LoRA in the embedded world: what adapters of rank 8 reach, and which weights a method changes.
 
-    python experiments/lora.py            # 11 runs, one after the other; finished runs are kept
+    python experiments/lora.py            # ten runs, one after the other; finished runs are kept
 
 DPO and GRPO with all weights, with adapters of rank 8 at several learning rates, and with a part of
 the weights at the learning rate of full training: only the linear layers of the trunk, which is
@@ -29,8 +29,6 @@ COMMANDS = {  # method, what is trained: (pattern of the trained weights, flags)
     ("grpo", "all weights"): (ALL, []),
     ("grpo", "rank 8, learning rate 1e-2"): (ALL, ["--lora-rank", "8", "--learning-rate", "1e-2"]),
     ("grpo", "rank 8, learning rate 2e-2"): (ALL, ["--lora-rank", "8", "--learning-rate", "2e-2"]),
-    ("grpo", "rank 8, alpha 32, 1e-2"): (ALL, ["--lora-rank", "8", "--lora-alpha", "32",
-                                               "--learning-rate", "1e-2"]),
     ("grpo", "the trunk's linear layers"): (TRUNK, []),
 }
 
