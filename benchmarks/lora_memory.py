@@ -6,7 +6,8 @@
 Each run is two updates of a script, in a process of its own, whose peak resident memory the system
 reports: two batches of 4 comparisons (demonstrations) of about 200 tokens, or of 4 prompts with 4
 completions (PPO: 16 prompts) of at most 32 tokens. Evaluations are of two prompts. The peak covers
-all of a run, also the end of it, where the saved model is read back. Writes benchmarks/results/lora_memory.json.
+all of a run, also the end of it, where the saved model is read back. Writes
+benchmarks/results/lora_memory.json.
 """
 
 import json
