@@ -439,7 +439,8 @@ def encode_row(tokenizer, prompt, completion, stops: list[int], tools=None) -> R
         before = render(tokenizer, prompt, tools, continued=True)
         words = prompt[-1]["content"] + completion[0]["content"]
         whole = [*prompt[:-1], {**completion[0], "content": words}]
-        return encode_turn(tokenizer, before, whole, stops, tools)
+        begun = len(prompt[-1]["content"])
+        return encode_turn(tokenizer, before, whole, stops, tools, begun=begun)
     rows = encode_conversation(tokenizer, [*prompt, *completion], stops, tools, len(prompt))
     if len(rows) != 1:
         raise UserError(f"the completion has {len(rows)} turns of the assistant that the chat "
@@ -473,9 +474,10 @@ def encode_conversation(tokenizer, messages, stops, tools=None, first=0) -> list
     return rows
 
 
-def encode_turn(tokenizer, before: str, messages, stops, tools=None) -> Row:
+def encode_turn(tokenizer, before: str, messages, stops, tools=None, *, begun=0) -> Row:
     """The text that generation starts from, and a conversation that ends with the assistant -> the
-    ids of both, the mask on what generation writes, up to and including the first stop token."""
+    ids of both, the mask on what generation writes, up to and including the first stop token.
+    begun: characters of the assistant's words that `before` is known to hold."""
     text = render(tokenizer, messages, tools)
     if text.startswith(before):
         said = text[len(before):]
@@ -486,7 +488,7 @@ def encode_turn(tokenizer, before: str, messages, stops, tools=None) -> Row:
         content = messages[-1]["content"]
         overlap = [n for n in range(2, len(content) + 1) if before.endswith(content[:n])]
         end = render(tokenizer, blanked(messages), tools).rpartition("\0")[2]
-        said = content[max(overlap, default=0):] + end
+        said = content[begun or max(overlap, default=0):] + end
     ids = encode_continuation(tokenizer, said)
     stop_at = [t for t, token in enumerate(ids) if token in stops]
     ids = ids[:stop_at[0] + 1] if stop_at else [*ids, tokenizer.eos_token_id]

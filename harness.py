@@ -700,7 +700,11 @@ def reward_from_model(args, name: str, chat_template=None):
                 raise UserError(f"{example.where}: prompt and completion have {len(rows[-1].ids)} "
                                 f"tokens, the window of --reward-model {name} is {longest}: lower "
                                 "--max-length or --max-new-tokens")
-        return score_all(model, rows, args.micro_batch_size)
+        scores = score_all(model, rows, args.micro_batch_size)
+        for example, score in zip(examples, scores.tolist()):
+            if not math.isfinite(score):
+                raise UserError(f"--reward-model {name}: its score of {example.where} is {score}")
+        return scores
 
     return reward
 

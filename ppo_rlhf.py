@@ -146,7 +146,7 @@ def kl_rewards(scores, logps, ref_logps, mask, beta):
 
 def gae(rewards, values, mask, gamma, lam):
     """Equation (3): rewards, values, mask [B, T], values of the state in which token t is chosen ->
-    advantages, returns [B, T]. After its last token a completion is worth 0."""
+    advantages, returns [B, T]. The value after a completion's last token is 0."""
     outside = ~mask.bool()
     rewards, values = rewards.masked_fill(outside, 0.0), values.masked_fill(outside, 0.0)
     advantage, next_value, columns = 0.0, 0.0, []

@@ -314,10 +314,12 @@ def sevens(prompts, completions, **columns) -> list[float]:
     return [text.count("7") / 100 for text in completions]
 
 
-def run_main(name: str, flags: dict) -> tuple[list[float], list[dict]]:
+def run_main(name: str, **flags) -> tuple[list[float], list[dict]]:
     """The script's own main(), up to where it would save its only checkpoint -> when each AdamW
     step ended, and the lines of metrics.jsonl on training."""
     Enough, module = type("Enough", (Exception,), {}), importlib.import_module(name)
+    flags |= dict(dtype="bfloat16", eval_every=10**6, save_every=10**6, eval_prompts=2,
+                  learning_rate=1e-6)
     with (update_times() as times,
           mock.patch.object(module, "time", SimpleNamespace(perf_counter=now)),
           # beside a Qwen2 it expects Qwen's words
@@ -335,9 +337,8 @@ def script(shape, device, where: Path, name: str, a_pass: int | None) -> dict:
     prompt, new = shape["rollout"]
     flags = dict(model=str(where / "policy"), dataset=str(where / f"{data}.jsonl"),
                  eval_dataset=str(where / f"{data}_heldout.jsonl"),
-                 output_dir=str(where / f"{name}-{a_pass}"), device=device, dtype="bfloat16",
-                 max_steps=steps, eval_every=10**6, save_every=10**6, eval_prompts=2,
-                 micro_batch_size=a_pass, learning_rate=1e-6, max_new_tokens=new)
+                 output_dir=str(where / f"{name}-{a_pass}"), device=device, max_steps=steps,
+                 micro_batch_size=a_pass, max_new_tokens=new)
     if name == "dpo":
         flags |= dict(batch_size=shape["pairs"], max_new_tokens=4)
     if name == "grpo":
@@ -347,7 +348,7 @@ def script(shape, device, where: Path, name: str, a_pass: int | None) -> dict:
     if name == "ppo_rlhf":
         flags |= dict(batch_size=shape["prompts"] * shape["group"], critic_warmup=0,
                       reward_model=str(where / "reward"), value_learning_rate=1e-6)
-    times, lines = run_main(name, flags)
+    times, lines = run_main(name, **flags)
     lines = lines[1:]  # the first is warm-up
     updates = len(times) // steps  # PPO: of several mini-batches
     row = {"rows_a_pass": a_pass or "default", "seconds": median_gap(times[updates - 1::updates])}
@@ -369,15 +370,14 @@ def mixed(shape, device, limits, where: Path, name: str) -> dict:
     model = make_model(shape["mixed_model"], device)
     config = model.config
     # one token in 505 is a stop token, so lengths are geometric with this median
-    stops = range(1, words, round(shape["median"] / math.log(2)))
+    stops = range(1, words, round(median / math.log(2)))
     model.generation_config.eos_token_id = list(stops)
     model.to(torch.bfloat16).save_pretrained(where / "mixed")
     word_tokenizer(words).save_pretrained(where / "mixed")
     del model
     flags = dict(model=str(where / "mixed"), dataset=str(where / f"mixed_{name}.jsonl"),
                  eval_dataset=str(where / "mixed_heldout.jsonl"), output_dir=str(where / name),
-                 device=device, dtype="bfloat16", max_steps=steps, eval_every=10**6,
-                 save_every=10**6, eval_prompts=2, learning_rate=1e-6)
+                 device=device, max_steps=steps, max_length=5 * median)
     lengths = torch.empty(shape["rows"] * steps).log_normal_(math.log(median), 0.7)
     lengths = lengths.clamp(4, 4 * median).long().tolist()
     rows = [{"prompt": random_text(words, n // 4), "completion": random_text(words, n - n // 4)}
@@ -385,12 +385,12 @@ def mixed(shape, device, limits, where: Path, name: str) -> dict:
     write_rows(where / f"mixed_{name}.jsonl", rows)
     write_rows(where / "mixed_heldout.jsonl", rows[:2])
     if name == "sft":
-        flags |= dict(batch_size=shape["rows"], max_new_tokens=4, max_length=5 * median)
+        flags |= dict(batch_size=shape["rows"], max_new_tokens=4)
     else:
         flags |= dict(batch_size=shape["prompts"], samples_per_prompt=shape["group"],
-                      max_new_tokens=4 * median, max_length=5 * median, eval_samples=1,
+                      max_new_tokens=4 * median, eval_samples=1,
                       reward_fn=[f"{Path(__file__).resolve()}:sevens"])
-    times, lines = run_main(name, flags)
+    times, lines = run_main(name, **flags)
     seconds = [after - before for before, after in zip(times, times[1:])]
     row = {"seconds": statistics.median(seconds),
            "slowest": max(seconds),  # a plan that is built, or a cache that grows

@@ -16,8 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RUNS, RESULTS = ROOT / "runs" / "lora", ROOT / "experiments" / "results"
+from runs import RESULTS, ROOT
+
+RUNS = ROOT / "runs" / "lora"
 ALL, TRUNK, EMBEDDINGS = "", r"_proj\.weight", "embed_tokens"
 COMMANDS = {  # method, what is trained: (pattern of the trained weights, flags)
     ("dpo", "all weights"): (ALL, []),

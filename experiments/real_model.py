@@ -24,7 +24,8 @@ from statistics import median
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+from runs import RESULTS, ROOT, metrics_of
+
 RULE = f"{ROOT / 'experiments' / 'one_sentence.py'}:one_sentence"
 QUESTIONS = ROOT / "experiments" / "data"
 
@@ -50,12 +51,12 @@ class Args:
 # --- data ---
 
 
-def messages_of(text: str) -> list[dict]:
+def turns_of(text: str) -> list[dict]:
     """Anthropic's text form -> a list of messages."""
-    _, *turns = re.split(r"\n\n(Human|Assistant):", text)
+    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[speaker], "content": words.strip()}
-            for speaker, words in zip(turns[0::2], turns[1::2])]
+            for speaker, words in zip(parts[0::2], parts[1::2])]
 
 
 def load_comparisons(args: Args) -> list[dict]:
@@ -66,7 +67,7 @@ def load_comparisons(args: Args) -> list[dict]:
         rows = datasets.load_dataset(args.pairs, data_dir="helpful-base", split="train")
     comparisons = []
     for row in rows:
-        chosen, rejected = messages_of(row["chosen"]), messages_of(row["rejected"])
+        chosen, rejected = turns_of(row["chosen"]), turns_of(row["rejected"])
         short = max(len(row["chosen"]), len(row["rejected"])) <= args.longest
         if short and chosen[:-1] == rejected[:-1] and chosen[-1] != rejected[-1]:
             comparisons.append({"prompt": chosen[:-1], "chosen": chosen[-1:],
@@ -132,7 +133,7 @@ def run(name: str, command: list, directory: Path) -> dict:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{name}: ended with status {os.waitstatus_to_exitcode(status)}")
-    rows = [json.loads(row) for row in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(directory)
     speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     stage = {
         "command": line,
@@ -156,8 +157,7 @@ def main(args: Args) -> None:
             stages[name] = run(name, command, directory)
         elif (directory / "stage.json").exists():
             stages[name] = json.loads((directory / "stage.json").read_text())
-    path = ROOT / "experiments" / "results" / "real_model.json"
-    path.write_text(json.dumps(stages, indent=1) + "\n")
+    (RESULTS / "real_model.json").write_text(json.dumps(stages, indent=1) + "\n")
     for name, stage in stages.items():
         speed = stage["tokens_per_s"]
         minutes = stage["processor_seconds"] / 60

@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file
 
 import common
-from common import encode_row, head_scores, load_model, load_tokenizer, pad_rows, save_model, states_at_end
+import harness
+from common import UserError, encode_row, head_scores, load_model, load_tokenizer, pad_rows, save_model, states_at_end
 from conftest import ROOT
 from harness import ASSETS, Example, load_rows, reward_from_model, score_all
 from reward_model import (Args, add_head, calibration, centre, evaluation_metrics, pairs_of, pairwise_loss,
@@ -207,6 +208,15 @@ def test_centring_after_a_layer_norm_is_an_exact_shift():
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_a_score_that_is_no_number_names_its_row(monkeypatch):
+    monkeypatch.setattr(harness, "score_all", lambda model, rows, size: torch.tensor([1.0, math.nan]))
+    examples = [Example(prompt="a"), Example(prompt="b")]
+    examples[1].where = "--dataset d.jsonl, row 7"
+    reward = reward_from_model(Args(device="cpu"), str(ASSETS / "tiny-rm"))
+    with pytest.raises(UserError, match="d.jsonl, row 7 is nan"):
+        reward(examples, ["x", "y"])
 
 
 def test_measures():

@@ -325,6 +325,14 @@ def test_reasoning_that_the_prompt_begins():
     assert tokenizer.decode(said) == ", so\n</think>\n\ny<|im_end|>"
 
 
+def test_a_prompt_that_begins_with_one_character_is_not_said_again():
+    tokenizer = chat_tokenizer(R1)
+    prompt = [message("user", "x"), message("assistant", "<")]
+    completion = [message("assistant", "think>\nz</think>\n\ny")]
+    _, said = split(encode_row(tokenizer, prompt, completion, [tokenizer.eos_token_id]))
+    assert tokenizer.decode(said) == "think>\nz</think>\n\ny<|im_end|>"
+
+
 def test_turns_with_weight_0_are_not_learnt():
     first = [CONVERSATION[0], {**CONVERSATION[1], "weight": 0}, *CONVERSATION[2:]]
     ((before, said),) = rows_of(chat_tokenizer(), first)
