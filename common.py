@@ -428,9 +428,7 @@ def encode_row(tokenizer, prompt, completion, stops: list[int], tools=None) -> R
     """-> the prompt's ids, as generation starts from them, then the completion's, the last one a
     stop token. No token spans the boundary; all together decode to prompt + completion."""
     if isinstance(completion, str):
-        ids = encode_continuation(tokenizer, completion)
-        if not (ids and ids[-1] in stops):
-            ids = [*ids, tokenizer.eos_token_id]
+        ids = up_to_stop(tokenizer, encode_continuation(tokenizer, completion), stops)
         return make_row(encode_prompt(tokenizer, prompt, tools), ids)
     if prompt[-1]["role"] == "assistant":  # begun in the prompt, continued by the completion
         if len(completion) > 1:
@@ -489,10 +487,14 @@ def encode_turn(tokenizer, before: str, messages, stops, tools=None, *, begun=0)
         overlap = [n for n in range(2, len(content) + 1) if before.endswith(content[:n])]
         end = render(tokenizer, blanked(messages), tools).rpartition("\0")[2]
         said = content[begun or max(overlap, default=0):] + end
-    ids = encode_continuation(tokenizer, said)
-    stop_at = [t for t, token in enumerate(ids) if token in stops]
-    ids = ids[:stop_at[0] + 1] if stop_at else [*ids, tokenizer.eos_token_id]
+    ids = up_to_stop(tokenizer, encode_continuation(tokenizer, said), stops)
     return make_row(encode(tokenizer, before), ids)
+
+
+def up_to_stop(tokenizer, ids: list[int], stops: list[int]) -> list[int]:
+    """What generation would have written: nothing follows the first stop token, and there is one."""
+    stop_at = [t for t, token in enumerate(ids) if token in stops]
+    return ids[:stop_at[0] + 1] if stop_at else [*ids, tokenizer.eos_token_id]
 
 
 def blanked(messages) -> list[dict]:

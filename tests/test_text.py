@@ -220,6 +220,15 @@ def test_any_stop_token_ends_a_turn_and_a_missing_one_is_added():
     assert tokenizer.decode(split(row)[1]) == "ab<|im_end|>\n<|endoftext|>"
 
 
+def test_nothing_follows_the_first_stop_token_of_a_text():
+    tokenizer = chat_tokenizer(eos_token="<|endoftext|>")
+    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    for text in ("ab", "ab<|im_end|>", "ab<|im_end|> and more<|endoftext|>"):
+        row = encode_row(tokenizer, "he", text, stops)
+        end = "<|im_end|>" if "<|im_end|>" in text else "<|endoftext|>"
+        assert tokenizer.decode(split(row)[1]) == f"ab{end}"
+
+
 def test_a_template_that_rewrites_the_past():
     """Each turn is a row of its own, behind what generation would see."""
     user = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
