@@ -2,6 +2,8 @@
 real scripts."""
 
 import json
+import re
+import shutil
 import sys
 
 import pytest
@@ -15,6 +17,7 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "assets")]
 
 import controlled_comparison  # noqa: E402
 import frontier  # noqa: E402
+import real_text  # noqa: E402
 import runs  # noqa: E402
 from make import optimum  # noqa: E402
 
@@ -188,3 +191,55 @@ def test_seeds_that_disagree_are_named():
     # B and C are within two standard errors
     assert controlled_comparison.discordant(rows) == ["A and B"]
 
+
+
+# --- real text ---
+
+
+def test_real_text_from_stories_to_table(tmp_path, monkeypatch, capsys):
+    """Every policy is the reference here, so no gain and no KL."""
+    reviews = [json.loads(line) for line in open(runs.DATA / "comparisons.jsonl")][:300]
+    stories = [{"text": review["prompt"] + review["chosen"]} for review in reviews]
+    texts = tmp_path / "stories.jsonl"
+    texts.write_text("".join(json.dumps(story) + "\n" for story in stories))
+    monkeypatch.setattr(real_text, "RESULTS", tmp_path)
+    monkeypatch.setattr(real_text, "draw", lambda points, curve, path: None)
+    monkeypatch.setattr(real_text, "sentiment",
+                        lambda prompts, completions: [float(len(text)) for text in completions])
+    monkeypatch.setattr(real_text, "SAMPLES_OF_REFERENCE", 64)
+    trained = []
+
+    def copy_instead_of_training(directory, command):
+        trained.append(command)
+        shutil.copytree(runs.ASSETS / "tiny-sft", directory, dirs_exist_ok=True)
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(real_text, "run", copy_instead_of_training)
+    real_text.main(real_text.Args(str(runs.ASSETS / "tiny-sft"), str(texts), train_prompts=12,
+                                  held_out_prompts=6, rounds=2, output_dir=tmp_path / "runs"))
+    results = json.loads((tmp_path / "real_text.json").read_text())
+    assert len(trained) == len(results["points"]) == 9
+    for point in results["points"]:
+        assert point["kl"] == pytest.approx(0.0, abs=1e-4)
+        assert abs(point["gain"]) < 5 * point["gain_se"]
+    data = tmp_path / "runs" / "data"
+    prompts = [json.loads(line)["prompt"] for line in open(data / "train.jsonl")]
+    held_out = [json.loads(line)["prompt"] for line in open(data / "held_out.jsonl")]
+    assert len(prompts) == 12 and len(held_out) == 6 and not set(prompts) & set(held_out)
+    for prompt in prompts + held_out:
+        rests = [story["text"].removeprefix(prompt) for story in stories
+                 if story["text"].startswith(prompt)]
+        assert prompt[-1] in ".!?" and any(not re.search(r"[.!?]\s", rest) for rest in rests)
+    pairs = [json.loads(line) for line in open(data / "pairs.jsonl")]
+    # characters as rewards: the longer one wins, but for a tie
+    assert pairs and all(len(p["chosen"]) > len(p["rejected"]) - 3 for p in pairs)
+    assert "of the optimum" in capsys.readouterr().out
+
+
+def test_a_share_of_the_optimum_by_hand():
+    curve = [(0.0, 0.0), (1.0, 2.0), (2.0, 3.0)]
+    point = {"gain": 1.25, "gain_se": 0.3, "kl": 1.5, "kl_se": 0.8}
+    found = real_text.share_of_optimum(point, curve)
+    # half of 2.5; the curve's slope is 1, so the KL's error counts half: 0.4 beside 0.3
+    assert found == pytest.approx({"share": 0.5, "share_se": 0.2})
+    assert real_text.share_of_optimum({**point, "kl": 2.5}, curve)["share"] is None
