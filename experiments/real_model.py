@@ -106,7 +106,7 @@ def commands(args: Args) -> dict[str, list]:
         "reward_model": ["reward_model.py", *model, *pairs, *lora, "--batch-size", 8,
                          "--learning-rate", 2e-4, "--epochs", 1, "--eval-prompts", 300],
         "dpo": ["dpo.py", "--model", runs / "sft", *pairs, *lora, "--batch-size", 8,
-                "--max-steps", 60, "--learning-rate", 1e-4, "--beta", 0.1, "--eval-prompts", 150,
+                "--max-steps", 60, "--learning-rate", 1e-4, "--beta", 0.1, "--eval-prompts", 300,
                 "--reward-model", runs / "reward_model", "--max-new-tokens", 48,
                 "--eval-every", 100],
         "best_of_n": ["best_of_n.py", *model, *held_out_questions, *rule,
