@@ -90,7 +90,8 @@ def draw(points: list[dict]) -> None:
         for p in own:
             axis.annotate(f"{p['comparisons']:,}", (p["kl"], p["gain"]), xytext=(6, -11),
                           textcoords="offset points", color=colour, fontsize=9)
-    axis.set(xlabel="KL to the reference, nats per completion", ylabel="gain in gold reward")
+    axis.set(xlabel="KL to the reference, nats per completion", ylabel="gain in gold reward",
+             xlim=(0, 1.1 * longest), ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.savefig(RESULTS / "data_amount.png", dpi=150)

@@ -101,8 +101,9 @@ def commands(args: Args, data: Path) -> dict[tuple[str, float], list]:
             "--eval-prompts", 20, "--eval-every", 10**6, "--max-new-tokens", NEW_TOKENS]
     prompts = ["--dataset", data / "train.jsonl", "--eval-dataset", data / "held_out.jsonl"]
     dpo = ["dpo.py", *both, "--dataset", data / "pairs.jsonl", "--learning-rate", 3e-6]
-    ppo = ["ppo_rlhf.py", *both, *prompts, "--missing-eos-penalty", 0, "--max-steps", 40,
-           "--epochs", 100, "--learning-rate", 2e-5, "--value-learning-rate", 2e-4]
+    ppo = ["ppo_rlhf.py", *both, *prompts, "--missing-eos-penalty", 0, "--batch-size", 64,
+           "--max-steps", 50, "--epochs", 100, "--learning-rate", 2e-5,
+           "--value-learning-rate", 2e-4]
     grpo = ["grpo.py", *both, *prompts, "--kl", "reward", "--baseline", "leave-one-out",
             "--no-scale", "--ratio", "sequence", "--batch-size", 16, "--samples-per-prompt", 8,
             "--max-steps", 40, "--epochs", 100, "--eval-samples", 1, "--learning-rate", 2e-5]
