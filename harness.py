@@ -559,9 +559,8 @@ def as_guest():
     """What a user's function changes is put back: random states, gradient mode, directory."""
     state, numpy_state = random.getstate(), numpy.random.get_state()
     grad_mode = torch.set_grad_enabled(torch.is_grad_enabled())
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices), grad_mode, contextlib.chdir("."):
+        with torch.random.fork_rng(devices=[]), grad_mode, contextlib.chdir("."):
             yield
     finally:
         random.setstate(state)
