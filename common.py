@@ -492,7 +492,7 @@ def encode_turn(tokenizer, before: str, messages, stops, tools=None, *, begun=0)
 
 
 def up_to_stop(tokenizer, ids: list[int], stops: list[int]) -> list[int]:
-    """What generation would have written: nothing follows the first stop token, and there is one."""
+    """What generation would have written: up to and including a stop token, and nothing after."""
     stop_at = [t for t, token in enumerate(ids) if token in stops]
     return ids[:stop_at[0] + 1] if stop_at else [*ids, tokenizer.eos_token_id]
 

@@ -16,7 +16,7 @@ the most reward that any policy can have at its KL.
 import json
 import sys
 
-from runs import ASSETS, DATA, RESULTS, ROOT, run
+from runs import ASSETS, DATA, RESULTS, ROOT, draw_comparisons, run, write_rows
 
 sys.path[:0] = [str(ROOT), str(ASSETS)]
 
@@ -41,13 +41,8 @@ def write_pairs() -> None:
     prompts, pairs = [json.loads(line)["prompt"] for line in lines], []
     for _ in range(ROUNDS):
         completions = generate(model, tokenizer, prompts, 2, 64).completions
-        rewards = torch.tensor(sentiment(None, completions)).view(-1, 2)
-        first_wins = torch.rand(len(prompts)) < torch.sigmoid(rewards[:, 0] - rewards[:, 1])
-        for n, first in enumerate(first_wins.tolist()):
-            chosen, rejected = completions[2 * n:2 * n + 2][::1 if first else -1]
-            pairs.append({"prompt": prompts[n], "chosen": chosen, "rejected": rejected})
-    RUNS.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+        pairs += draw_comparisons(prompts, completions, sentiment(None, completions))
+    write_rows(path, pairs)
 
 
 def measure() -> list[dict]:

@@ -21,6 +21,7 @@ that are at it.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -83,18 +84,24 @@ def gain_and_slope(curve: list[tuple[float, float]], kl: float) -> tuple[float, 
     return None
 
 
+def share_of_optimum(curve, gain: float, gain_se: float, kl: float, kl_se: float) -> tuple:
+    """The gain, divided by that of pi* at the same KL, and its standard error; None, None beyond
+    the curve's end."""
+    at = gain_and_slope(curve, kl)
+    if at is None:
+        return None, None
+    optimum, slope = at
+    share = gain / optimum
+    return share, math.hypot(gain_se, share * slope * kl_se) / optimum
+
+
 def judged(point: dict, curve) -> dict:
     """Adds the share of the optimum, its standard error, and whether it exceeds 1 by more."""
-    at = gain_and_slope(curve, point["kl"])
-    if at is None:
-        return point | {"share_of_optimum": None, "share_se": None, "above": False}
-    optimum, slope = at
     gain = point["reward"] - point["reward_ref"]
-    share = gain / optimum
-    kl_part = share * slope * point["kl_se"]
-    variance = point["reward_se"] ** 2 + point["reward_ref_se"] ** 2 + kl_part**2
-    se = variance**0.5 / optimum
-    return point | {"share_of_optimum": share, "share_se": se, "above": share - 1 > se}
+    gain_se = math.hypot(point["reward_se"], point["reward_ref_se"])
+    share, se = share_of_optimum(curve, gain, gain_se, point["kl"], point["kl_se"])
+    above = share is not None and share - 1 > se
+    return point | {"share_of_optimum": share, "share_se": se, "above": above}
 
 
 # --- the points ---

@@ -24,7 +24,7 @@ from statistics import median
 
 import tyro
 
-from runs import RESULTS, ROOT, metrics_of
+from runs import RESULTS, ROOT, metrics_of, write_rows
 
 RULE = f"{ROOT / 'experiments' / 'one_sentence.py'}:one_sentence"
 QUESTIONS = ROOT / "experiments" / "data"
@@ -77,13 +77,11 @@ def load_comparisons(args: Args) -> list[dict]:
 
 def write_data(args: Args, folder: Path) -> None:
     """pairs.jsonl and pairs_heldout.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
     comparisons = load_comparisons(args)
     held_out = comparisons[:args.held_out_pairs]
     train = comparisons[args.held_out_pairs:][:args.train_pairs]
     for name, rows in (("pairs", train), ("pairs_heldout", held_out)):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(folder / f"{name}.jsonl", rows)
 
 
 # --- stages ---

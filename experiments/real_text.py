@@ -17,7 +17,6 @@ Writes experiments/results/real_text.json and .png.
 """
 
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from frontier import COLORS, gain_and_slope
-from runs import ASSETS, RESULTS, ROOT, run
-from vader_reward import sentiment
+from frontier import COLORS, share_of_optimum
+from runs import ASSETS, RESULTS, ROOT, draw_comparisons, run, write_rows
+from vader_reward import sentences, sentiment
 
 sys.path[:0] = [str(ROOT), str(ASSETS)]
 
@@ -39,6 +38,7 @@ BETAS = (0.1, 0.3, 1.0)
 CURVE = (10.0, 3.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
 NEW_TOKENS, LONGEST_PROMPT = 64, 200
 SAMPLES, SAMPLES_OF_REFERENCE = 8, 256  # per held-out prompt
+MEASURED = ("gain", "gain_se", "kl", "kl_se")
 LEAST_EFFECTIVE = 30  # samples of pi* that the reference's must be worth
 
 
@@ -65,11 +65,13 @@ def load_prompts(args: Args, tokenizer) -> list[str]:
     """Stories without their last sentence."""
     wanted, prompts = args.train_prompts + args.held_out_prompts, []
     for row in load_rows(args.texts, f"train[:{10 * wanted}]"):
-        *sentences, last = re.split(r"(?<=[.!?])\s+", row["text"].strip())
-        prompt = row["text"].strip().removesuffix(last).rstrip()
+        if len(prompts) == wanted:
+            break
+        text = row["text"].strip()
+        prompt = text.removesuffix(sentences(text)[-1]).rstrip()
         if 20 <= len(tokenizer(prompt).input_ids) <= LONGEST_PROMPT and prompt not in prompts:
             prompts.append(prompt)
-    return prompts[:wanted]
+    return prompts
 
 
 def sample_pairs(model, tokenizer, prompts: list[str], rounds: int) -> list[dict]:
@@ -77,18 +79,10 @@ def sample_pairs(model, tokenizer, prompts: list[str], rounds: int) -> list[dict
     pairs = []
     for _ in range(rounds):
         rollout = generate(model, tokenizer, prompts, 2, NEW_TOKENS)
-        rewards = torch.tensor(sentiment(None, rollout.completions)).view(-1, 2)
-        first_wins = torch.rand(len(prompts)) < torch.sigmoid(rewards[:, 0] - rewards[:, 1])
-        for n, prompt in enumerate(prompts):
-            chosen, rejected = rollout.completions[2 * n:2 * n + 2][::1 if first_wins[n] else -1]
-            if rollout.ended[2 * n:2 * n + 2].all():
-                pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        texts, both_ended = rollout.completions, rollout.ended.view(-1, 2).all(1)
+        drawn = draw_comparisons(prompts, texts, sentiment(None, texts))
+        pairs += [pair for pair, ended in zip(drawn, both_ended) if ended]
     return pairs
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # --- runs ---
@@ -130,17 +124,6 @@ def judge(policy, reference, tokenizer, prompts: list[str], rewards_ref) -> dict
             "endings": [rollout.completions[n * SAMPLES] for n in range(5)]}
 
 
-def share_of_optimum(point: dict, curve: list[tuple[float, float]]) -> dict:
-    """The gain, divided by that of pi* at the same KL; None beyond the curve."""
-    at = gain_and_slope(curve, point["kl"])
-    if at is None:
-        return {"share": None, "share_se": None}
-    optimum_gain, slope = at
-    share = point["gain"] / optimum_gain
-    se = (point["gain_se"] ** 2 + (share * slope * point["kl_se"]) ** 2) ** 0.5 / optimum_gain
-    return {"share": share, "share_se": se}
-
-
 def draw(points: list[dict], curve: list[tuple[float, float]], path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
@@ -164,7 +147,6 @@ def draw(points: list[dict], curve: list[tuple[float, float]], path: Path) -> No
 
 
 def main(args: Args) -> None:
-    torch.manual_seed(0)
     tokenizer, data = load_tokenizer(args.model), args.output_dir / "data"
     reference = load_model(args.model)
     prompts = load_prompts(args, tokenizer)
@@ -172,10 +154,12 @@ def main(args: Args) -> None:
     write_rows(data / "train.jsonl", [{"prompt": prompt} for prompt in train])
     write_rows(data / "held_out.jsonl", [{"prompt": prompt} for prompt in held_out])
     if not (data / "pairs.jsonl").exists():
+        torch.manual_seed(0)
         pairs = sample_pairs(reference, tokenizer, train, args.rounds)
         write_rows(data / "pairs.jsonl", pairs)
 
     if not (data / "reference.jsonl").exists():
+        torch.manual_seed(0)
         rollout = generate(reference, tokenizer, held_out, SAMPLES_OF_REFERENCE, NEW_TOKENS)
         write_rows(data / "reference.jsonl", [{"text": text} for text in rollout.completions])
     texts = [row["text"] for row in load_rows(str(data / "reference.jsonl"))]
@@ -193,8 +177,9 @@ def main(args: Args) -> None:
         torch.manual_seed(1)
         policy = load_model(str(directory))
         point = judge(policy, reference, tokenizer, held_out, rewards.mean(1))
-        point |= share_of_optimum(point, curve)
-        points.append({"method": method, "beta": beta, **point, "seconds": seconds})
+        share, se = share_of_optimum(curve, *(point[name] for name in MEASURED))
+        point |= {"share": share, "share_se": se, "seconds": seconds}
+        points.append({"method": method, "beta": beta, **point})
 
     reference_row = {"reward": rewards.mean().item(), "sd": rewards.std(1).mean().item(),
                      "endings": texts[:5 * SAMPLES_OF_REFERENCE:SAMPLES_OF_REFERENCE]}

@@ -62,6 +62,24 @@ def metrics_of(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def draw_comparisons(prompts: list[str], completions: list[str], rewards: list[float]) -> list:
+    """One comparison for each prompt between its two completions, which stand next to each other;
+    the winner is drawn by the Bradley-Terry model on the rewards."""
+    import torch
+    first, second = torch.tensor(rewards).view(-1, 2).T
+    first_wins = torch.rand(len(prompts)) < torch.sigmoid(first - second)
+    pairs = []
+    for n, prompt in enumerate(prompts):
+        chosen, rejected = completions[2 * n:2 * n + 2][::1 if first_wins[n] else -1]
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
 def mean(values) -> float:
     return sum(values) / len(values)
 

@@ -22,7 +22,10 @@ def sentiment(prompts, completions, **columns) -> list[float]:
     return [SCALE * mean_compound(text) for text in completions]
 
 
+def sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
 def mean_compound(text: str) -> float:
-    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
-    scores = [analyzer().polarity_scores(sentence)["compound"] for sentence in sentences]
+    scores = [analyzer().polarity_scores(part)["compound"] for part in sentences(text)]
     return sum(scores) / len(scores)

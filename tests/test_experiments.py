@@ -238,8 +238,7 @@ def test_real_text_from_stories_to_table(tmp_path, monkeypatch, capsys):
 
 def test_a_share_of_the_optimum_by_hand():
     curve = [(0.0, 0.0), (1.0, 2.0), (2.0, 3.0)]
-    point = {"gain": 1.25, "gain_se": 0.3, "kl": 1.5, "kl_se": 0.8}
-    found = real_text.share_of_optimum(point, curve)
+    found = frontier.share_of_optimum(curve, gain=1.25, gain_se=0.3, kl=1.5, kl_se=0.8)
     # half of 2.5; the curve's slope is 1, so the KL's error counts half: 0.4 beside 0.3
-    assert found == pytest.approx({"share": 0.5, "share_se": 0.2})
-    assert real_text.share_of_optimum({**point, "kl": 2.5}, curve)["share"] is None
+    assert found == pytest.approx((0.5, 0.2))
+    assert frontier.share_of_optimum(curve, 1.25, 0.3, 2.5, 0.8) == (None, None)
